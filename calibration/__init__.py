@@ -1,0 +1,1 @@
+"""What precision each part of a graph computes in, decided and written into the ONNX itself."""

@@ -1,0 +1,83 @@
+"""Turn a trained diffusion checkpoint into a bundle that a device can run, checked against the original.
+
+    import dexport
+
+    dexport.build(Path("checkpoint"), Path("bundle"), targets=["openvino"], precisions=["bf16"])
+    pipeline = dexport.load("bundle")
+    pipeline("red apple").images[0].save("apple.png")
+
+Every name is loaded when it is first used, so that importing dexport costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from exporter.build import Built, build
+    from exporter.build import compile_hub as compile
+    from exporter.hub import export
+    from exporter.inspect import inspect
+    from runtimes.bench import bench
+    from runtimes.bundle import verify
+    from runtimes.doctor import doctor
+    from runtimes.errors import DexportError, GateError, IntegrityError
+    from runtimes.pipeline import Pipeline, Request, Result
+
+    load = Pipeline.load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Built",
+    "DexportError",
+    "GateError",
+    "IntegrityError",
+    "Pipeline",
+    "Request",
+    "Result",
+    "__version__",
+    "bench",
+    "build",
+    "compile",
+    "doctor",
+    "export",
+    "inspect",
+    "load",
+    "verify",
+]
+
+_HOMES = {
+    "Built": "exporter.build:Built",
+    "DexportError": "runtimes.errors:DexportError",
+    "GateError": "runtimes.errors:GateError",
+    "IntegrityError": "runtimes.errors:IntegrityError",
+    "Pipeline": "runtimes.pipeline:Pipeline",
+    "Request": "runtimes.pipeline:Request",
+    "Result": "runtimes.pipeline:Result",
+    "bench": "runtimes.bench:bench",
+    "build": "exporter.build:build",
+    "compile": "exporter.build:compile_hub",
+    "doctor": "runtimes.doctor:doctor",
+    "export": "exporter.hub:export",
+    "inspect": "exporter.inspect:inspect",
+    "load": "runtimes.pipeline:Pipeline.load",
+    "verify": "runtimes.bundle:verify",
+}
+"""Where each public name lives: module, colon, the way to it inside the module."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dexport' has no attribute {name!r}")
+    module, _, path = _HOMES[name].partition(":")
+    value: Any = importlib.import_module(module)
+    for part in path.split("."):
+        value = getattr(value, part)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,375 @@
+"""The ``dexport`` command. Each command reads its words, makes one call into the library and prints what came back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+import dexport
+from dexport import console, tables
+from dexport.group import FAILED_GATE, Face, SamplerName, Shape, TargetName
+from runtimes.errors import DexportError
+
+F = TypeVar("F", bound=Callable[..., Any])
+FOLDER = click.Path(path_type=Path)  # whether it exists, and what it must be, is the library's own check
+PRECISIONS = ("fp32", "bf16", "fp16")  # for completion alone; what a target can do, and why not, is its compiler's
+
+
+def default_cache() -> Path:
+    """The compile cache where none is named: DEXPORT_CACHE, else ``dexport`` in the user's cache folder."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("DEXPORT_CACHE") or base / "dexport")
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, for machines.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output if dexport made it.")
+threads_option = click.option("--threads", type=click.IntRange(1), help="CPU threads; all cores if not given.")
+
+
+def shape_options(command: F) -> F:
+    """The two options that fix or free a model's spatial size."""
+    command = click.option(
+        "--dynamic-shape", is_flag=True, help="Leave height and width free; slower on most devices."
+    )(command)
+    return click.option("--shape", type=Shape(), help="Size of the images in pixels; the checkpoint's own by default.")(
+        command
+    )
+
+
+def compile_options(command: F) -> F:
+    """The options of everything that compiles."""
+    command = click.option("--no-cache", is_flag=True, help="Compile anew and keep nothing.")(command)
+    command = click.option(
+        "--cache", type=FOLDER, help="Folder for compiled graphs. [default: $DEXPORT_CACHE or ~/.cache/dexport]"
+    )(command)
+    return click.option(
+        "--max-batch", type=click.IntRange(1), default=2, show_default=True,
+        help="Largest batch of one call, for engines that must know; guidance takes two for each image.",
+    )(command)  # fmt: skip
+
+
+def _cache(cache: Path | None, no_cache: bool) -> Path | None:
+    if cache and no_cache:
+        raise click.UsageError("--cache and --no-cache exclude each other")
+    return None if no_cache else cache or default_cache()
+
+
+def _shape(shape: tuple[int, int] | None, dynamic_shape: bool) -> None:
+    if shape and dynamic_shape:
+        raise click.UsageError("--shape and --dynamic-shape exclude each other")
+
+
+@click.group(cls=Face, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(dexport.__version__, prog_name="dexport")
+def main() -> None:
+    """Turn a trained diffusion checkpoint into a bundle that a device can run.
+
+    A bundle is a folder for one target and precision, proven against the original model.
+
+    \b
+    Example:
+      dexport build checkpoint --target openvino --precision bf16 -o bundle
+      dexport run bundle --prompt "red apple" -o apple.png
+
+    Exit codes: 0 done, 1 failed a gate, 2 wrong use or input, 130 interrupted.
+    """
+
+
+@main.command()
+@click.argument("checkpoint", type=FOLDER)
+@click.option(
+    "--target", "targets", type=TargetName(precise=True), multiple=True, required=True,
+    help="Backend or backend:device, like openvino or tensorrt:sm89; with =PRECISION, in that one alone. "
+    "May be given several times.",
+)  # fmt: skip
+@click.option(
+    "--precision", "precisions", multiple=True, default=("fp32",), show_default=True,
+    shell_complete=lambda ctx, param, word: [name for name in PRECISIONS if name.startswith(word)],
+    help="Precision to compute in: fp32, bf16, fp16. May be given several times.",
+)  # fmt: skip
+@click.option("-o", "--output", type=FOLDER, required=True, help="The bundle; with several, a folder of them.")
+@shape_options
+@click.option("--sampler", type=SamplerName(), help="The bundle's sampler, in place of the checkpoint's.")
+@compile_options
+@overwrite_option
+@click.option("--keep-hub", type=FOLDER, help="Keep the exported ONNX hub here.")
+@json_option
+def build(
+    checkpoint: Path,
+    targets: tuple[str, ...],
+    precisions: tuple[str, ...],
+    output: Path,
+    shape: tuple[int, int] | None,
+    dynamic_shape: bool,
+    sampler: str | None,
+    max_batch: int,
+    cache: Path | None,
+    no_cache: bool,
+    overwrite: bool,
+    keep_hub: Path | None,
+    as_json: bool,
+) -> None:
+    """Make proven bundles of a CHECKPOINT.
+
+    It is exported to ONNX, compiled for each target and precision, and compared with the torch model.
+
+    With one target and precision OUTPUT is the bundle; with several, the bundles are OUTPUT/TARGET-PRECISION.
+    A bundle that misses its accuracy band is not written, and the exit code is 1.
+
+    \b
+    Example:
+      dexport build checkpoint --target onnxruntime --target openvino=bf16 -o bundles
+    """
+    _shape(shape, dynamic_shape)
+    compile_cache = _cache(cache, no_cache)
+    with console.working() as progress:
+        built = dexport.build(
+            checkpoint, output, targets=targets, precisions=precisions, shape=shape, dynamic_shape=dynamic_shape,
+            sampler=sampler, max_batch=max_batch, cache=compile_cache, overwrite=overwrite, keep_hub=keep_hub,
+            progress=progress,
+        )  # fmt: skip
+    if as_json:
+        console.print_json({"bundles": built})
+    else:
+        tables.bundles(built)
+
+
+@main.command()
+@click.argument("checkpoint", type=FOLDER)
+@click.option("-o", "--output", type=FOLDER, required=True, help="The hub's folder.")
+@shape_options
+@overwrite_option
+@json_option
+def export(
+    checkpoint: Path,
+    output: Path,
+    shape: tuple[int, int] | None,
+    dynamic_shape: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Export a CHECKPOINT to an ONNX hub.
+
+    A hub is a folder with one fp32 graph for each part of the model; every backend reads the same one.
+
+    \b
+    Example:
+      dexport export checkpoint --shape 512x512 -o hub
+    """
+    _shape(shape, dynamic_shape)
+    with console.working() as progress:
+        model = dexport.export(
+            checkpoint, output, shape=shape, dynamic_shape=dynamic_shape, overwrite=overwrite, progress=progress
+        )
+    if as_json:
+        console.print_json({"output": output, "family": model.family, "graphs": model.graphs})
+    else:
+        tables.graphs(f"{output}: {model.pipeline}", model.graphs)
+
+
+@main.command("compile")
+@click.argument("hub", type=FOLDER)
+@click.option("--target", type=TargetName(), required=True, help="Backend or backend:device.")
+@click.option("--precision", default="fp32", show_default=True, help="Precision to compute in.")
+@click.option("-o", "--output", type=FOLDER, required=True, help="The bundle.")
+@compile_options
+@overwrite_option
+@json_option
+def compile_(
+    hub: Path,
+    target: str,
+    precision: str,
+    output: Path,
+    max_batch: int,
+    cache: Path | None,
+    no_cache: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Compile a HUB to a bundle.
+
+    Without the checkpoint there is nothing to compare with: the proof is what `build` adds.
+
+    \b
+    Example:
+      dexport compile hub --target tensorrt:sm89 --precision fp16 -o bundle
+    """
+    compile_cache = _cache(cache, no_cache)
+    with console.working() as progress:
+        manifest = dexport.compile(
+            hub, output, target=target, precision=precision, max_batch=max_batch, cache=compile_cache,
+            overwrite=overwrite, progress=progress,
+        )  # fmt: skip
+    if as_json:
+        console.print_json(
+            {"output": output, "target": target, "precision": precision, "graphs": manifest.model.graphs}
+        )
+    else:
+        tables.graphs(f"{output}: {target} {precision}, not proven", manifest.model.graphs)
+
+
+@main.command()
+@click.argument("bundle", type=FOLDER)
+@click.option("--prompt", "prompts", multiple=True, help="What to draw. May be given several times.")
+@click.option("--prompts", "prompt_file", type=click.File(encoding="utf-8"), help="A file with one prompt a line.")
+@click.option("--negative-prompt", default="", help="What not to draw.")
+@click.option("--steps", type=click.IntRange(1), help="Steps of the sampler.")
+@click.option("--guidance", type=float, help="How strongly the prompt steers; 1 is not at all, and twice as fast.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Image i has SEED + i.")
+@click.option("--images", type=click.IntRange(1), default=1, show_default=True, help="Images for each prompt.")
+@click.option("--sampler", type=SamplerName(), help="Another sampler than the checkpoint's.")
+@click.option("--size", type=Shape(), help="Size of the images, where the bundle is of dynamic shape.")
+@click.option(
+    "--guidance-batch", type=click.Choice(["batched", "sequential"]), default="batched", show_default=True,
+    help="With and without prompt in one call, or in two that need less memory.",
+)  # fmt: skip
+@threads_option
+@click.option("--cache", type=FOLDER, help="Folder for what the runtime compiles when it loads the bundle.")
+@click.option(
+    "-o", "--output", type=FOLDER, default="image.png", show_default=True,
+    help="A .png (several images are numbered) or a folder.",
+)  # fmt: skip
+@json_option
+def run(
+    bundle: Path,
+    prompts: tuple[str, ...],
+    prompt_file: Any,
+    threads: int | None,
+    cache: Path | None,
+    output: Path,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Draw with a BUNDLE.
+
+    \b
+    Example:
+      dexport run bundle --prompt "red apple" --prompt "green apple" --steps 20 --seed 7 -o apples
+    """
+    lines = [line.strip() for line in prompt_file] if prompt_file else []
+    every = [*prompts, *filter(None, lines)]
+    if not every:
+        raise click.UsageError("no prompt given; use --prompt or --prompts")
+    files = console.image_files(output, len(every) * settings["images"])
+    with console.working() as progress:
+        pipeline = dexport.load(bundle, threads=threads, cache=cache)
+        result = pipeline(every, progress=progress, **settings)
+        console.save_images(result.images, result.settings, files)
+    for warning in result.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    if as_json:
+        images = [{"file": file, **made} for file, made in zip(files, result.settings, strict=True)]
+        console.print_json({"images": images, "warnings": result.warnings})
+    else:
+        for file in files:
+            click.echo(file)
+
+
+@main.command()
+@click.argument("bundle", type=FOLDER)
+@threads_option
+@json_option
+@click.pass_context
+def verify(context: click.Context, bundle: Path, threads: int | None, as_json: bool) -> None:
+    """Check a BUNDLE on this machine.
+
+    First every file's hash, then each graph's outputs against those of the torch model that the bundle holds. The exit
+    code is 1 if one is outside its accuracy band.
+
+    \b
+    Example:
+      dexport verify bundle && echo as built
+    """
+    with console.working() as progress:
+        checks = dexport.verify(bundle, threads=threads, progress=progress)
+    if not checks:
+        click.echo("warning: every hash is right, but the bundle has no golden outputs to compare with", err=True)
+    if as_json:
+        console.print_json({"passed": all(check.passed for check in checks), "checks": checks})
+    else:
+        tables.checks(checks)
+    if not all(check.passed for check in checks):
+        context.exit(FAILED_GATE)
+
+
+@main.command()
+@click.argument("bundle", type=FOLDER)
+@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Timed calls of each graph.")
+@click.option("--images", type=click.IntRange(1), default=1, show_default=True, help="Images made together.")
+@threads_option
+@json_option
+def bench(bundle: Path, repeats: int, images: int, threads: int | None, as_json: bool) -> None:
+    """Time a BUNDLE on this machine.
+
+    Each graph alone, a step of the sampler and a whole image; medians.
+
+    \b
+    Example:
+      dexport bench bundle --images 4 --json
+    """
+    with console.working() as progress:
+        times = dexport.bench(bundle, repeats=repeats, threads=threads, images=images, progress=progress)
+    if as_json:
+        console.print_json(times)
+    else:
+        tables.times(times)
+
+
+@main.command()
+@click.argument("path", type=FOLDER)
+@json_option
+def inspect(path: Path, as_json: bool) -> None:
+    """Describe a checkpoint, hub or bundle.
+
+    What PATH holds, its sizes, tensors and parameters. Loads no weights and checks no hashes.
+
+    \b
+    Example:
+      dexport inspect bundle --json
+    """
+    with console.working():
+        found = dexport.inspect(path)
+    if as_json:
+        console.print_json(found)
+    else:
+        tables.outline(found)
+
+
+@main.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Say what this machine can run.
+
+    Its runtimes with their versions, devices and precisions, and what to install for more.
+
+    \b
+    Example:
+      dexport doctor
+    """
+    with console.working():
+        found = dexport.doctor()
+    if as_json:
+        console.print_json(found)
+    else:
+        tables.machine(found)
+
+
+@main.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script of a SHELL.
+
+    \b
+    Example:
+      dexport completion bash >> ~/.bashrc
+    """
+    from click.shell_completion import get_completion_class
+
+    found = get_completion_class(shell)
+    if found is None:
+        raise DexportError(f"click knows no completion for {shell}")
+    click.echo(found(main, {}, "dexport", "_DEXPORT_COMPLETE").source())

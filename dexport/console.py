@@ -1,0 +1,131 @@
+"""What people see: progress on stderr, tables and figures on stdout; and JSON for machines."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from runtimes.errors import DexportError, Progress, silent
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@contextlib.contextmanager
+def working(quiet: bool = False) -> Iterator[Progress]:
+    """Give a progress function that draws a bar on stderr where that is a terminal.
+
+    While the work lasts, whatever a library prints goes to stderr too: stdout belongs to the result.
+    """
+    with contextlib.redirect_stdout(sys.stderr):
+        if quiet or not sys.stderr.isatty():
+            yield silent
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        columns = (
+            SpinnerColumn(),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+        )
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+            task = bars.add_task("starting", total=1.0)
+            yield lambda what, share: bars.update(task, description=what, completed=share)
+
+
+def print_json(value: Any) -> None:
+    """Write ``value`` to stdout as JSON; frozen dataclasses become objects and paths strings."""
+    text = json.dumps(value, ensure_ascii=False, default=_plain)
+    value = json.loads(text, parse_constant=lambda name: None)  # JSON has no word for infinity: null
+    click.echo(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def print_table(heads: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> None:
+    """Write a table to stdout; columns whose cells all begin with a digit or sign stand to the right.
+
+    Where stdout is no terminal the table is as wide as it needs to be: no cell is cut for a width nobody has.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = [list(row) for row in rows]
+    table = Table(title=Text(title, "bold") if title else None, title_justify="left", box=None, pad_edge=False)
+    for index, head in enumerate(heads):
+        cells = [row[index] for row in rows if row[index]]
+        number = bool(cells) and all(cell[0].isdigit() or cell[0] in "-<≥" for cell in cells)
+        table.add_column(Text(head), justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(80, console.measure(table).maximum, _width(heads, rows)))
+    console.print(table)
+
+
+def _width(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    columns = zip(heads, *rows, strict=True)
+    return sum(max(len(cell) for cell in column) + 2 for column in columns)
+
+
+def image_files(output: Path, count: int) -> list[Path]:
+    """Name ``count`` pictures: ``output`` where it is one .png, numbered beside it where several, else inside it."""
+    if output.suffix.lower() == ".png" and not output.is_dir():
+        if count == 1:
+            return [output]
+        return [output.with_name(f"{output.stem}-{index:03d}.png") for index in range(count)]
+    if output.suffix and not output.is_dir():
+        raise click.BadParameter(f"{output}: pictures are written as .png; name such a file, or a folder")
+    return [output / f"{index:03d}.png" for index in range(count)]
+
+
+def save_images(images: Sequence[Image], settings: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> None:
+    """Write each picture with the settings that made it, making folders as needed."""
+    from runtimes.image import save_png
+
+    for image, made, file in zip(images, settings, files, strict=True):
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_png(image, file, made)
+        except OSError as error:
+            raise DexportError(f"{file}: cannot be written ({error.strerror or error})") from error
+
+
+def size(count: int) -> str:
+    """Bytes for people: ``26.3 MB``, in powers of 1000."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
+def seconds(value: float) -> str:
+    """A duration for people: ``1.24 s``, ``3.4 ms``."""
+    return f"{value:.3g} s" if value >= 1 else f"{value * 1000:.3g} ms"
+
+
+def shape(dims: Sequence[int | str]) -> str:
+    """A tensor's shape: ``[batch, 4, 64, 64]``."""
+    return "[" + ", ".join(str(dim) for dim in dims) + "]"

@@ -1,0 +1,126 @@
+"""What all commands share: errors as one line, exit codes, and the types of their options."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import click
+from click.shell_completion import CompletionItem
+
+from runtimes.errors import DexportError
+from runtimes.target import DEVICES, Target
+
+DONE, FAILED_GATE, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130  # 130 = 128 + SIGINT, as shells have it
+
+
+def _terminate(number: int, frame: Any) -> NoReturn:
+    """Leave by an exception, so that what is half-written is removed on the way."""
+    sys.exit(128 + number)
+
+
+class Face(click.Group):
+    """A group whose every failure is one line on stderr and an exit code that means something."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> NoReturn:
+        """Run the command line and leave the process."""
+        line, code = "", DONE
+        signal.signal(signal.SIGTERM, _terminate)
+        try:
+            stopped = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+            code = stopped if isinstance(stopped, int) else DONE
+        except (click.Abort, KeyboardInterrupt):
+            line, code = "interrupted", INTERRUPTED
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()  # the help itself
+            code = WRONG_INPUT
+        except click.UsageError as error:
+            command = error.ctx.command_path if error.ctx else "dexport"
+            line, code = f"{error.format_message()} (see: {command} --help)", WRONG_INPUT
+        except click.ClickException as error:
+            line, code = error.format_message(), WRONG_INPUT
+        except DexportError as error:
+            line, code = str(error), error.exit_code
+        except ModuleNotFoundError as error:
+            line, code = _extra(error), WRONG_INPUT
+        except BrokenPipeError:
+            # Who read our output has left; let the interpreter's last flush go nowhere instead of failing.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            line, code = f"{where}{error.strerror or error}", WRONG_INPUT
+        if line:
+            click.echo("error: " + " ".join(line.split()), err=True)
+        sys.exit(code)
+
+
+def _extra(error: ModuleNotFoundError) -> str:
+    """Say which extra brings the package that is missing; one that none brings is our own mistake, and raised."""
+    from runtimes.doctor import PACKAGES
+
+    for extra, packages in PACKAGES.items():
+        for package in packages:
+            if (error.name or "").partition(".")[0] == package.replace("-", "_"):
+                return f"{package} is not installed; run: pip install 'dexport[{extra}]'"
+    raise error
+
+
+class Shape(click.ParamType):  # type: ignore[type-arg]  # generic only in later clicks
+    """Height and width in pixels, written ``512x768``."""
+
+    name = "HxW"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        """Read the two numbers."""
+        if isinstance(value, tuple):
+            return value
+        found = re.fullmatch(r"([1-9]\d*)[xX×]([1-9]\d*)", str(value))
+        if not found:
+            self.fail(f"{value!r} is not HEIGHTxWIDTH in pixels, like 512x512", param, ctx)
+        return int(found[1]), int(found[2])
+
+
+class TargetName(click.ParamType):  # type: ignore[type-arg]  # generic only in later clicks
+    """A target that ``Target.parse`` knows, with completion; where ``precise``, also ``target=precision``."""
+
+    name = "target"
+
+    def __init__(self, precise: bool = False) -> None:
+        """Whether a precision may follow."""
+        self.precise = precise
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the target in its shortest form."""
+        target, equals, precision = value.partition("=") if self.precise else (value, "", "")
+        try:
+            return str(Target.parse(target)) + equals + precision
+        except DexportError as error:
+            self.fail(str(error), param, ctx)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Offer every backend with each of its devices."""
+        every = [str(Target(backend, device)) for backend, devices in DEVICES.items() for device in devices]
+        return [CompletionItem(name) for name in every if name.startswith(incomplete)]
+
+
+class SamplerName(click.ParamType):  # type: ignore[type-arg]  # generic only in later clicks
+    """A sampler's name; which there are is the samplers' own knowledge, and theirs the error."""
+
+    name = "sampler"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Offer the samplers by their short names."""
+        from runtimes.samplers import SAMPLERS
+
+        return [CompletionItem(name) for name in SAMPLERS if name.startswith(incomplete)]

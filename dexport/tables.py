@@ -1,0 +1,108 @@
+"""How each command's result looks to a person. The same results as JSON are ``console.print_json``'s."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dexport.console import print_table, seconds, shape, size
+
+if TYPE_CHECKING:
+    from exporter.build import Built
+    from runtimes.bundle import Check
+    from runtimes.manifest import Graph
+
+
+def bundles(built: Sequence[Built]) -> None:
+    """What ``build`` made, and how near it is to the torch model."""
+    heads = ("bundle", "target", "precision", "size", "graphs, dB", "image, dB", "a model call")
+    rows = []
+    for item in built:
+        graphs, image = agreement(item.accuracy)
+        speed = seconds(item.seconds) if item.seconds is not None else ""
+        rows.append((str(item.folder), item.target, item.precision, size(item.size), graphs, image, speed))
+    print_table(heads, rows)
+    for item in built:
+        if "why" in item.accuracy:
+            click.echo(f"{item.folder}: gate not run: {item.accuracy['why']}; {item.accuracy['next']}")
+
+
+def agreement(accuracy: Mapping[str, Any]) -> tuple[str, str]:
+    """A gate's two figures: the lowest SQNR of any graph, and the PSNR of the image; "not run" where there are none."""
+    if "graphs" not in accuracy:
+        return "not run", "not run"
+    worst = min(found["sqnr_db"] for graph in accuracy["graphs"].values() for found in graph)
+    return f"{worst:.1f}", f"{accuracy['image']['psnr_db']:.1f}"
+
+
+def graphs(title: str, found: Mapping[str, Graph]) -> None:
+    """The graphs of a hub or bundle with their tensors."""
+    rows = []
+    for name, graph in found.items():
+        tensors = (("in", graph.inputs), ("out", graph.outputs))
+        lines = [f"{side}  {t.name} {shape(t.shape)} {t.dtype}" for side, group in tensors for t in group]
+        rows.append((name, graph.file, "\n".join(lines)))
+    print_table(("graph", "file", "tensors"), rows, title)
+
+
+def checks(found: Sequence[Check]) -> None:
+    """What ``verify`` measured, against the bands; nothing where there was nothing to measure."""
+    rows = [
+        (c.graph, c.output, f"{c.agreement.sqnr_db:.1f}", f"≥ {c.least_db:g}", "ok" if c.passed else "MISSED")
+        for c in found
+    ]
+    if rows:
+        print_table(("graph", "output", "SQNR, dB", "band, dB", ""), rows)
+
+
+def times(found: Mapping[str, Any]) -> None:
+    """What ``bench`` measured."""
+    rows = [
+        (name, str(graph["batch"]), seconds(graph["load_seconds"]), seconds(graph["seconds"]))
+        for name, graph in found["graphs"].items()
+    ]
+    images = str(found["images"])
+    rows.append(("step", images, "", seconds(found["step_seconds"])))
+    rows.append((f"image, {found['steps']} steps", images, "", seconds(found["image_seconds"])))
+    print_table(("part", "batch", "load", "median"), rows, f"{found['target']} {found['precision']}")
+
+
+def machine(found: Mapping[str, Any]) -> None:
+    """What ``doctor`` found: a paragraph for each backend and each further extra."""
+    click.echo(f"Python {found['python']}, {found['system']}, {found['cores']} cores")
+    for name, backend in found["backends"].items():
+        click.echo(f"\n{name}: {backend['version'] or 'not installed'}")
+        for device, facts in backend["devices"].items():
+            click.echo(f"  {device}: {', '.join(facts['precisions'])} ({facts['description']})")
+        if backend["advice"]:
+            click.echo(f"  {backend['advice']}")
+        if backend["version"] and not backend["devices"]:
+            others = ", ".join(f"{name}:{device}" for device in backend["targets"] if device != "local")
+            click.echo(f"  bundles for other machines can be built here: {others}")
+    for name, extra in found["extras"].items():
+        packages = [f"{package} {version or 'not installed'}" for package, version in extra["packages"].items()]
+        click.echo(f"\n{name}: {', '.join(packages)}")
+        if extra["advice"]:
+            click.echo(f"  {extra['advice']}")
+
+
+def outline(found: Mapping[str, Any], indent: str = "") -> None:
+    """What ``inspect`` found: one line a value, nested values indented; sizes and counts made readable."""
+    for key, value in found.items():
+        if isinstance(value, Mapping) and value:
+            click.echo(f"{indent}{key}:")
+            outline(value, indent + "  ")
+        else:
+            click.echo(f"{indent}{key}: {_plain(key, value)}")
+
+
+def _plain(key: str, value: Any) -> str:
+    if key in ("size", "source_size") and isinstance(value, int):
+        return size(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, list | tuple):
+        return ", ".join(str(item) for item in value) or "none"
+    return "none" if value is None or value == {} else str(value)

@@ -1,0 +1,208 @@
+"""``dexport build``: export, record the reference, then for each target compile, prove and publish."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from exporter import checkpoint as checkpoints
+from exporter import compile as compilers
+from exporter import gate, hub, report
+from runtimes import bundle, samplers
+from runtimes.errors import DexportError, Progress, silent
+from runtimes.manifest import Graph, Manifest, Model, to_json
+from runtimes.session import Session, require
+from runtimes.target import Target
+
+TOOLS = ("dexport", "torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
+
+
+@dataclass(frozen=True)
+class Built:
+    """A published bundle: where, how large in bytes, what the gate found, and seconds a model call (None: not run)."""
+
+    target: str
+    precision: str
+    folder: Path
+    size: int
+    accuracy: Mapping[str, Any]
+    seconds: float | None
+
+
+def build(
+    checkpoint: Path | str,
+    output: Path | str,
+    *,
+    targets: Sequence[str] | str,
+    precisions: Sequence[str] = ("fp32",),
+    shape: tuple[int, int] | None = None,
+    dynamic_shape: bool = False,
+    sampler: str | None = None,
+    max_batch: int = 2,
+    cache: Path | None = None,
+    overwrite: bool = False,
+    keep_hub: Path | None = None,
+    progress: Progress = silent,
+) -> list[Built]:
+    """Make bundles of a checkpoint, one for each target and precision, each proven against the torch model.
+
+    ``targets``: "openvino", for each of ``precisions``; or "openvino=bf16", in that one alone. With one target and
+    precision ``output`` is the bundle, else ``output/<target>-<precision>``. ``shape``: (height, width) in pixels.
+    ``sampler``: the bundles' own, in place of the checkpoint's. ``max_batch``: the largest batch of an engine whose
+    shapes are fixed when it is built. ``keep_hub``: keep the ONNX hub there. Raises DexportError for bad input and
+    GateError for a missed band; each bundle is published whole or not at all.
+    """
+    checkpoint, output = Path(checkpoint), Path(output)
+    pairs = _pairs([targets] if isinstance(targets, str) else targets, precisions)
+    folders = [output] if len(pairs) == 1 else [output / f"{target.folder}-{precision}" for target, precision in pairs]
+    for (target, precision), folder in zip(pairs, folders, strict=True):
+        compilers.check(target, precision)
+        require(target.backend)  # now, not after the export
+        bundle.check_free(folder, overwrite, [checkpoint, *([keep_hub] if keep_hub else [])])
+    if keep_hub:
+        bundle.check_free(keep_hub, overwrite, [checkpoint])
+    source = checkpoints.read(checkpoint)
+    source = replace(source, scheduler=samplers.choose(source.scheduler, sampler))
+    with tempfile.TemporaryDirectory(prefix=".dexport-", dir=_existing(output)) as work:
+        hub_folder = keep_hub or Path(work) / "hub"
+        share = _shares(progress, 1 + len(pairs))
+        model = hub.export(
+            source,
+            hub_folder,
+            shape=shape,
+            dynamic_shape=dynamic_shape,
+            overwrite=overwrite,
+            progress=share(0, 0.5),
+        )
+        reference = gate.record(source, model, hub_folder, share(0.5, 1))
+        recipe = {"shape": list(_shape(model)), "dynamic_shape": dynamic_shape, "max_batch": max_batch}
+        built = []
+        for index, ((target, precision), folder) in enumerate(zip(pairs, folders, strict=True), 1):
+            with bundle.publish(folder, overwrite) as partial:
+                compiled = _compile(
+                    hub_folder, model, partial, target, precision, max_batch, cache, share(index, index + 0.5)
+                )
+                gate.write_golden(reference, partial / bundle.GOLDEN)
+                proof = _prove(reference, compiled, partial, target, precision, share(index + 0.5, index + 1))
+                text = report.render(compiled, str(target), precision, recipe, proof, reference)
+                (partial / "report.html").write_text(text, encoding="utf-8")
+                manifest = _write_manifest(partial, compiled, target, precision, recipe, proof.accuracy)
+            size = sum(file.size for file in manifest.files)
+            built.append(Built(str(target), precision, folder, size, proof.accuracy, proof.seconds))
+    progress("done", 1.0)
+    return built
+
+
+def _pairs(targets: Sequence[str], precisions: Sequence[str]) -> list[tuple[Target, str]]:
+    pairs = []
+    for text in targets:
+        name, equals, own = text.partition("=")
+        pairs += [(Target.parse(name), precision) for precision in ([own] if equals else precisions)]
+    if not pairs:
+        raise DexportError("no target given; try --target openvino")
+    for pair in pairs:
+        if pairs.count(pair) > 1:
+            raise DexportError(f"{pair[0]} {pair[1]} is asked for twice")
+    return pairs
+
+
+def compile_hub(
+    hub_folder: Path | str,
+    output: Path | str,
+    *,
+    target: str,
+    precision: str = "fp32",
+    max_batch: int = 2,
+    cache: Path | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> Manifest:
+    """Make a bundle from a hub folder alone, with nothing to prove it against; the manifest says so."""
+    hub_folder, output = Path(hub_folder), Path(output)
+    where = Target.parse(target)
+    compilers.check(where, precision)
+    require(where.backend)
+    bundle.check_free(output, overwrite, [hub_folder])
+    model = hub.load(hub_folder)
+    dynamic = any(isinstance(side, str) for side in _sample(model).shape[1:])
+    recipe = {"shape": list(_shape(model)), "dynamic_shape": dynamic, "max_batch": max_batch}
+    accuracy = {"gate": "not run", "why": "compiled from a hub, without its checkpoint", "next": "use dexport build"}
+    with bundle.publish(output, overwrite) as partial:
+        compiled = _compile(hub_folder, model, partial, where, precision, max_batch, cache, progress)
+        return _write_manifest(partial, compiled, where, precision, recipe, accuracy)
+
+
+def _compile(
+    hub_folder: Path, model: Model, output: Path, target: Target, precision: str, max_batch: int,
+    cache: Path | None, progress: Progress,
+) -> Model:  # fmt: skip
+    """Compile each graph of a hub into ``output`` and copy the tokenizers; return the model as the bundle has it."""
+    graphs: dict[str, Graph] = {}
+    for index, (name, graph) in enumerate(model.graphs.items()):
+        progress(f"{target} {precision}: {name}", index / len(model.graphs))
+        (output / name).mkdir()
+        graphs[name] = compilers.compile_graph(
+            hub_folder / graph.file, graph, output / name, target, precision, max_batch=max_batch, cache=cache
+        )
+    for tokenizer in model.tokenizers:
+        (output / tokenizer.file).parent.mkdir(exist_ok=True)
+        shutil.copyfile(hub_folder / tokenizer.file, output / tokenizer.file)
+    return replace(model, graphs=graphs)
+
+
+def _prove(
+    reference: gate.Reference, model: Model, folder: Path, target: Target, precision: str, progress: Progress
+) -> gate.Proof:
+    """Run the gate where this machine can run the target, else say why it was not run."""
+    runtime = require(target.backend)
+    here = [device.name for device in runtime.devices()]
+    if not (target.device in here or (target.device == "local" and here)):
+        return gate.not_run(f"this machine has no device that runs {target}")
+
+    def load(name: str) -> Session:
+        return runtime.open(folder / model.graphs[name].file, model.graphs[name], target.device, None, None)
+
+    return gate.prove(reference, model, folder, precision, gate.one_at_a_time(load), progress)
+
+
+def _write_manifest(
+    folder: Path, model: Model, target: Target, precision: str, recipe: Mapping[str, Any], accuracy: Mapping[str, Any]
+) -> Manifest:
+    tools = {target.backend: str(require(target.backend).version())}
+    for name in TOOLS:
+        with suppress(metadata.PackageNotFoundError):  # dexport itself, where it runs from its source
+            tools[name] = metadata.version(name)
+    files = bundle.list_files(folder, without=(bundle.MANIFEST,))
+    manifest = Manifest(bundle.FORMAT, bundle.VERSION, str(target), precision, model, recipe, tools, files, accuracy)
+    (folder / bundle.MANIFEST).write_text(to_json(manifest), encoding="utf-8")
+    return manifest
+
+
+def _sample(model: Model) -> Any:
+    stage = model.stages[0]
+    return next(tensor for tensor in model.graphs[stage.denoiser].inputs if tensor.name == "sample")
+
+
+def _shape(model: Model) -> tuple[int, int]:
+    stage = model.stages[-1]
+    return stage.sample[1] * stage.factor, stage.sample[2] * stage.factor
+
+
+def _existing(output: Path) -> Path:
+    """The nearest folder above ``output`` that exists: the hub is written on the disk that the bundle goes to."""
+    return next(parent for parent in output.absolute().parents if parent.is_dir())
+
+
+def _shares(progress: Progress, total: int) -> Any:
+    """Give ``share(start, end)``: a progress that fills that part of ``total`` equal parts."""
+
+    def share(start: float, end: float) -> Progress:
+        return lambda what, part: progress(what, (start + (end - start) * part) / total)
+
+    return share

@@ -1,0 +1,223 @@
+"""Read a diffusers folder: which classes it names, their configs, and where each weight lies. Loads no weight.
+
+Nothing in the folder is trusted: classes come from our own list (never an import of what a file says), weights only
+from .safetensors that pass every check of their headers, and no pickle is opened.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exporter import families
+from runtimes import strict_json
+from runtimes.bundle import hash_file
+from runtimes.errors import DexportError, Progress, silent
+from runtimes.manifest import File
+from runtimes.safetensors import Entry, check_finite, read_header
+from runtimes.samplers import default_of
+
+PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
+STEMS = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' names of a weight file
+VARIANTS = ("fp32", "bf16", "fp16")  # where there is no plain file: the most exact one first
+LIBRARIES = ("diffusers", "transformers")  # a component of another library is code that comes with the checkpoint
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+
+
+@dataclass(frozen=True)
+class Component:
+    """One model of a pipeline: its class, its config.json, and its tensors by the names that the files give them."""
+
+    name: str
+    class_name: str
+    folder: Path
+    config: Mapping[str, Any]
+    entries: Mapping[str, Entry]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A diffusers folder, checked; ``paths`` are the files that an export depends on, relative to ``folder``."""
+
+    folder: Path
+    pipeline: str
+    components: Mapping[str, Component]
+    scheduler: Mapping[str, Any]
+    tokenizers: tuple[str, ...]
+    paths: tuple[str, ...]
+
+    @property
+    def family(self) -> families.Family:
+        """The family that the pipeline's class belongs to."""
+        return families.find(self.pipeline)
+
+    def source(self) -> tuple[File, ...]:
+        """Size and sha256 of every file that an export depends on; reads them all."""
+        return tuple(
+            File(path, (self.folder / path).stat().st_size, hash_file(self.folder / path)) for path in self.paths
+        )
+
+
+def read(folder: Path, *, check: bool = True, progress: Progress = silent) -> Checkpoint:
+    """Read a diffusers folder and check it; with ``check``, look through all weights for NaN too.
+
+    Raises DexportError for what is missing, damaged, unsupported, or only there as a pickle.
+    """
+    folder = Path(folder)
+    index = _read_index(folder)
+    pipeline = str(index.get("_class_name"))
+    family = families.find(pipeline)
+    components, tokenizers, used = {}, [], [folder / "model_index.json"]
+    for name, classes in family.COMPONENTS.items():
+        class_name = _class_of(folder, index, name)
+        if class_name not in classes:
+            raise DexportError(
+                f"{folder}: {name} is a {class_name}; a {pipeline} is exported with {' or '.join(classes)}"
+            )
+        if classes is families.TOKENIZERS:
+            tokenizers.append(name)
+            used += [path for file in TOKENIZER_FILES if (path := folder / name / file).is_file()]
+            continue
+        entries, files = _read_weights(folder / name)
+        config = _read_json(folder / name / "config.json")
+        components[name] = Component(name, class_name, folder / name, config, entries)
+        used += [folder / name / "config.json", *files]
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    checkpoint = Checkpoint(
+        folder,
+        pipeline,
+        components,
+        _read_scheduler(scheduler, _class_of(folder, index, "scheduler")),
+        tuple(tokenizers),
+        tuple(sorted(path.relative_to(folder).as_posix() for path in [*used, scheduler])),
+    )
+    if check:
+        for index_, component in enumerate(components.values()):
+            progress(f"{component.name}: checking weights", index_ / len(components))
+            check_finite(iter(component.entries.values()))
+    return checkpoint
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    """Return model_index.json, or say what the path is instead of a diffusers folder."""
+    if folder.is_file():
+        if folder.suffix in PICKLES:
+            raise _pickle(folder)
+        raise DexportError(f"{folder}: a file; a checkpoint is a diffusers folder with model_index.json")
+    if not folder.is_dir():
+        raise DexportError(f"{folder}: no such folder")
+    if (folder / "model_index.json").is_file():
+        return _read_json(folder / "model_index.json")
+    for path in sorted(folder.iterdir()):
+        if path.suffix in PICKLES:
+            raise _pickle(path)
+    if (folder.parent / "model_index.json").is_file() and (folder / "config.json").is_file():
+        raise DexportError(f"{folder}: one component of a checkpoint; give the whole: {folder.parent}")
+    raise DexportError(f"{folder}: not a diffusers checkpoint: it has no model_index.json")
+
+
+def _pickle(path: Path) -> DexportError:
+    """The refusal of a pickle, with the way to convert it."""
+    if path.suffix == ".bin":
+        how = "DiffusionPipeline.from_pretrained(IN, use_safetensors=False)"
+    else:
+        how = "StableDiffusionPipeline.from_single_file(IN)"
+    return DexportError(
+        f"{path}: a pickle, and opening a pickle runs whatever program is inside; where you trust it, convert it to "
+        f"safetensors with diffusers: {how}.save_pretrained(OUT)"
+    )
+
+
+def _class_of(folder: Path, index: Mapping[str, Any], name: str) -> str:
+    """The class that model_index.json names for a component: ``"unet": ["diffusers", "UNet2DConditionModel"]``."""
+    pair = index.get(name)
+    if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[1], str)):
+        raise DexportError(f"{folder}: model_index.json names no {name!r}; the checkpoint is not whole")
+    if pair[0] not in LIBRARIES:
+        raise DexportError(
+            f"{folder}: {name} is a {pair[1]!r:.60} of {pair[0]!r:.60}; only classes of {' and '.join(LIBRARIES)} are "
+            "exported, since others would run a program that comes with the checkpoint"
+        )
+    return pair[1]
+
+
+def _read_scheduler(path: Path, class_name: str) -> dict[str, Any]:
+    """Read scheduler_config.json, without the infinities that diffusers writes for what is not limited."""
+    config = {"_class_name": class_name, **_read_json(path, finite=False)}
+    for name, value in list(config.items()):
+        if all(math.isfinite(number) for number in _numbers(value)):
+            continue
+        # JSON has no infinity; where it is the default anyway, leaving it out says the same.
+        if value != default_of(str(config["_class_name"]), name):
+            raise DexportError(f"{path}: {name}={value!r:.60} is not a finite number; set it to one or leave it out")
+        del config[name]
+    return config
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, list | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(item)
+
+
+def _read_json(path: Path, *, finite: bool = True) -> dict[str, Any]:
+    if not path.is_file():
+        raise DexportError(f"{path}: missing; the checkpoint is not whole")
+    try:
+        value = strict_json.loads(path.read_text(encoding="utf-8"), finite=finite)
+    except ValueError as error:
+        raise DexportError(f"{path}: not valid JSON ({error}); copy or download it again") from error
+    if not isinstance(value, dict):
+        raise DexportError(f"{path}: not a JSON object; copy or download it again")
+    return value
+
+
+def _read_weights(folder: Path) -> tuple[dict[str, Entry], list[Path]]:
+    """Return a component's tensors by name, and the files that they come from (an index included)."""
+    for stem in STEMS:
+        # "stem.safetensors", "stem.fp16.safetensors", and for shards "stem.safetensors.index[.fp16].json"
+        for variant in ("", *VARIANTS, *_other_variants(folder, stem)):
+            dotted = f".{variant}" if variant else ""
+            single = folder / f"{stem}{dotted}.safetensors"
+            shards = folder / f"{stem}.safetensors.index{dotted}.json"
+            if single.is_file():
+                return read_header(single), [single]
+            if shards.is_file():
+                return _read_shards(shards)
+    for path in sorted(folder.glob("*")):
+        if path.suffix in PICKLES:
+            raise _pickle(path)
+    raise DexportError(f"{folder}: no weights: expected {STEMS[0]}.safetensors or {STEMS[1]}.safetensors")
+
+
+def _other_variants(folder: Path, stem: str) -> list[str]:
+    names = [path.name for path in sorted(folder.glob(f"{stem}.*.safetensors"))]
+    return [name.removeprefix(f"{stem}.").removesuffix(".safetensors") for name in names]
+
+
+def _read_shards(index: Path) -> tuple[dict[str, Entry], list[Path]]:
+    """Read the shards that an index lists; index and headers must agree on where each tensor is."""
+    places = _read_json(index).get("weight_map")
+    if not (isinstance(places, dict) and places and all(isinstance(file, str) for file in places.values())):
+        raise DexportError(f"{index}: no weight_map; copy or download it again")
+    entries: dict[str, Entry] = {}
+    files = [index]
+    for name in sorted(set(places.values())):
+        file = index.parent / name
+        if Path(name).name != name or file.suffix != ".safetensors":
+            raise DexportError(f"{index}: {name!r} is not the name of a .safetensors file beside it")
+        if not file.is_file():
+            raise DexportError(f"{file}: missing, though {index.name} lists it; copy or download it")
+        for key, entry in read_header(file).items():
+            if places.get(key) != name:
+                raise DexportError(f"{file}: tensor {key!r} is not listed for this file in {index.name}")
+            entries[key] = entry
+        files.append(file)
+    if missing := sorted(set(places) - set(entries)):
+        raise DexportError(f"{index}: tensor {missing[0]!r} is not in {places[missing[0]]}; copy or download it again")
+    return entries, files

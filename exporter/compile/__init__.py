@@ -1,0 +1,83 @@
+"""From the hub's ONNX to what a backend runs: one module a backend, behind one small protocol.
+
+A module writes the graph's file into a folder and returns the ``Graph`` as the bundle has it: its file, and the
+properties that the runtime needs to know (precision hint, batch limit, the compiler's version). It raises DexportError
+with one line for what it cannot do. docs/adding-a-backend.md tells how to add one.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any, Protocol
+
+from exporter import cache as compile_cache
+from runtimes.errors import DexportError, Progress, silent
+from runtimes.manifest import Graph
+from runtimes.target import Target
+
+
+class Compiler(Protocol):
+    """What a module in exporter/compile offers."""
+
+    PRECISIONS: tuple[str, ...]  # what it can build, the most exact one first
+    WHY: str  # why it builds no others: the end of the sentence "there is no bf16 here: ..."
+
+    def depends_on(self, target: Target) -> str:
+        """Everything outside dexport that the result depends on: compiler, version, GPU; a part of the cache's key."""
+
+    def build(
+        self, source: Path, graph: Graph, output: Path, target: Target, precision: str, max_batch: int,
+        progress: Progress,
+    ) -> Graph:  # fmt: skip
+        """Compile ``source`` into the folder ``output``."""
+
+
+def precisions(target: Target) -> tuple[str, ...]:
+    """The precisions that can be built for a target, the most exact one first."""
+    return _compiler(target).PRECISIONS
+
+
+def check(target: Target, precision: str) -> None:
+    """Raise DexportError, with the reason and the alternatives, if ``precision`` cannot be built for ``target``."""
+    if precision not in precisions(target):
+        known = ", ".join(precisions(target))
+        raise DexportError(f"{target} has no precision {precision!r}: {_compiler(target).WHY}; it has {known}")
+
+
+def compile_graph(
+    source: Path,
+    graph: Graph,
+    output: Path,
+    target: Target,
+    precision: str,
+    *,
+    max_batch: int = 2,
+    cache: Path | None = None,
+    progress: Progress = silent,
+) -> Graph:
+    """Compile a hub graph for a target.
+
+    ``source``: the hub's model.onnx, with its external data beside it. ``output``: an existing empty folder, which
+    the result's ``file`` is named after ("denoiser/model.xml" for the folder "denoiser"). ``max_batch``: the largest
+    batch that an engine of fixed shapes takes. ``cache``: a folder of earlier results, used and added to. Raises
+    DexportError for a precision or a graph that the target has no way to run.
+    """
+    check(target, precision)
+    if max_batch < 1:
+        raise DexportError(f"the largest batch is {max_batch}; it must be 1 or more")
+    compiler = _compiler(target)
+    if cache is None:
+        return compiler.build(source, graph, output, target, precision, max_batch, progress)
+    key = compile_cache.key(source, graph, str(target), precision, max_batch, compiler.depends_on(target))
+    found = compile_cache.fetch(cache, key, output)
+    if found is not None:
+        return found
+    built = compiler.build(source, graph, output, target, precision, max_batch, progress)
+    compile_cache.store(cache, key, output, built)
+    return built
+
+
+def _compiler(target: Target) -> Compiler:
+    module: Any = importlib.import_module(f"exporter.compile.{target.backend}")
+    return module  # type: ignore[no-any-return]

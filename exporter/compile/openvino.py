@@ -1,0 +1,121 @@
+"""The hub to OpenVINO's IR, through OpenVINO's own ONNX reader.
+
+The IR keeps the batch free; the session makes the shapes static. Weights are stored in fp32 or fp16, and what is
+computed in is the runtime's choice unless it is told: the hint in the graph's properties tells it.
+
+The sines of the timestep must stay in float32 whatever the hint. bf16 has 8 bits: 999 becomes 1000, and the sine of a
+phase that is off by one is any number. Under the hint bf16 a small UNet's output at t = 999 was 4.4 % off so, and is
+0.9 % off now; at t = 1 it is 0.7 % both times. OpenVINO has an attribute for this on each operation of the IR,
+``DisablePrecisionConversion``. Its Python interface cannot set it, so it is written into the file. An Unsqueeze loses
+it on the way (it becomes a Reshape without its attributes), so the timestep's Unsqueeze is made a Reshape here.
+"""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from runtimes.backends.openvino import HINT, load, version
+from runtimes.errors import DexportError, Progress
+from runtimes.manifest import Graph
+from runtimes.session import require
+from runtimes.target import Target
+
+PRECISIONS = ("fp32", "fp16", "bf16")
+WHY = "OpenVINO stores weights in fp32 or fp16 and computes in f32, f16 or bf16"
+WEIGHTS = {"fp32": "fp32", "fp16": "fp16", "bf16": "fp16"}  # bf16 weights would lose three bits that fp16 keeps
+TIMESTEP = "timestep"
+EXACT = {"name": "DisablePrecisionConversion", "version": "0", "value": "dynamic:f16"}  # as OpenVINO itself writes it
+SIGNIFICANT = ("MatMul", "Convolution")  # what the lower precision is for; the timestep's sines end before
+HINTS = {
+    "cpu": {"fp32": "f32", "fp16": "f32", "bf16": "bf16"},  # no CPU of today computes in f16 faster than in f32
+    "gpu": {"fp32": "f32", "fp16": "f16", "bf16": "bf16"},
+    "npu": {"fp32": "f32", "fp16": "f16", "bf16": "bf16"},
+}
+
+
+def depends_on(target: Target) -> str:
+    """OpenVINO's version: the IR is written by it, and is the same whatever the device."""
+    return f"openvino {version()}"
+
+
+def build(
+    source: Path, graph: Graph, output: Path, target: Target, precision: str, max_batch: int, progress: Progress
+) -> Graph:
+    """Write model.xml and model.bin; the same input gives the same bytes. See exporter.compile.compile_graph."""
+    require("openvino")
+    ov = load()
+    progress(f"{graph.kind}: reading into OpenVINO", 0.0)
+    try:
+        model = ov.Core().read_model(source)
+    except RuntimeError as error:
+        raise DexportError(
+            f"{source}: OpenVINO cannot read this graph: {str(error).strip().splitlines()[-1]}"
+        ) from error
+    _reshape_timestep(ov, model)
+    _name_by_place(model)
+    progress(f"{graph.kind}: writing the IR", 0.5)
+    ov.save_model(model, output / "model.xml", compress_to_fp16=WEIGHTS[precision] == "fp16")
+    if any(tensor.name == TIMESTEP for tensor in graph.inputs):
+        _keep_timestep_exact(output / "model.xml")
+    properties = {HINT: HINTS[target.device][precision], "weights": WEIGHTS[precision]}
+    return replace(graph, file=f"{output.name}/model.xml", properties=properties)
+
+
+def _name_by_place(model: Any) -> None:
+    """Name each operation after its place, whatever its name was; parameters, results and tensors keep theirs.
+
+    OpenVINO numbers operations by a counter of the process, ``Reshape_547``, and ends a name that is taken with
+    ``_1``. A hub's own names can meet that counter anywhere, so two conversions would differ. These never do.
+    """
+    for index, operation in enumerate(model.get_ordered_ops()):
+        if operation.get_type_name() not in ("Parameter", "Result"):
+            operation.set_friendly_name(f"{operation.get_type_name()}_at_{index}")
+
+
+def _reshape_timestep(ov: Any, model: Any) -> None:
+    """Replace Unsqueeze of the timestep, [batch] to [batch,1], by Reshape; see the module's head."""
+    for operation in model.get_ordered_ops():
+        if operation.get_type_name() != "Unsqueeze":
+            continue
+        before, after = operation.input_value(0), operation.output(0)
+        column = [size if size.is_dynamic else size.get_length() for size in after.get_partial_shape()][1:] == [1]
+        if TIMESTEP in before.get_names() and column:
+            same_by_one = ov.opset13.constant([0, 1], ov.Type.i64)  # 0: the size of the input's axis
+            reshape = ov.opset13.reshape(before, same_by_one, special_zero=True)
+            reshape.set_friendly_name(operation.get_friendly_name())
+            after.replace(reshape.output(0))
+
+
+def _keep_timestep_exact(file: Path) -> None:
+    """Mark what is computed from the timestep alone, up to the first MatMul, as not to be made narrower."""
+    tree = ElementTree.parse(file)
+    layers, edges = tree.getroot().find("layers"), tree.getroot().find("edges")
+    assert layers is not None and edges is not None
+    parents: dict[str | None, list[str | None]] = defaultdict(list)
+    for edge in edges:
+        parents[edge.get("to-layer")].append(edge.get("from-layer"))
+    constant: set[str | None] = set()
+    exact: set[str | None] = set()
+    for layer in layers:  # parents come before their children
+        number, kind = layer.get("id"), layer.get("type")
+        if kind == "Parameter":
+            if layer.get("name") == TIMESTEP:
+                exact.add(number)
+        elif constant.issuperset(parents[number]):
+            constant.add(number)
+        elif kind not in SIGNIFICANT and (constant | exact).issuperset(parents[number]):
+            exact.add(number)
+            _add_attribute(layer)
+    tree.write(file, encoding="utf-8", xml_declaration=True)
+
+
+def _add_attribute(layer: ElementTree.Element) -> None:
+    notes = layer.find("rt_info")
+    if notes is None:
+        notes = ElementTree.Element("rt_info")
+        layer.insert(1 if layer.find("data") is not None else 0, notes)
+    ElementTree.SubElement(notes, "attribute", EXACT)

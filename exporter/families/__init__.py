@@ -1,0 +1,79 @@
+"""The families that can be exported: a row here, a file beside.
+
+A family's file says which components a pipeline has, and gives for each graph a plain function over the components'
+modules and the tensors that go in and out. It imports torch, diffusers and transformers only inside functions, so
+that looking at a checkpoint stays quick. docs/adding-a-family.md has an example.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from runtimes.errors import DexportError
+from runtimes.manifest import Kind, Stage, Tensor
+
+if TYPE_CHECKING:
+    from exporter.checkpoint import Checkpoint
+
+PIPELINES = {"StableDiffusionPipeline": "stable_diffusion"}
+"""The allow-list: diffusers' pipeline class to the family's file."""
+
+TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A graph to be: ``forward(modules, *inputs)`` over the components of these builders, and its tensors.
+
+    ``builders`` are by component name; a parameter of the graph is named "<component>.<its name in the component>".
+    ``example`` gives the sizes to trace free dimensions with, where the default of ``trace`` will not do.
+    """
+
+    kind: Kind
+    builders: Mapping[str, Callable[[], Any]]
+    forward: Callable[..., Any]
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    example: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The picture's size in pixels; with ``free``, the graphs take other sizes too."""
+
+    height: int
+    width: int
+    free: bool
+
+
+class Family(Protocol):
+    """What a module in exporter/families offers."""
+
+    NAME: str
+    COMPONENTS: Mapping[str, tuple[str, ...]]  # component of the pipeline to the classes that it may have
+
+    def default_shape(self, checkpoint: Checkpoint) -> tuple[int, int]:
+        """The checkpoint's own picture size, (height, width) in pixels."""
+
+    def specs(self, checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
+        """The graphs by name. Raises DexportError for options and sizes that the family cannot do."""
+
+    def rename(self, component: str, name: str) -> str | None:
+        """The module's name of a tensor that a checkpoint calls ``name``; None for one that nothing needs."""
+
+    def stages(self, checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
+        """The loops, with graphs named as in ``specs``."""
+
+    def token_inputs(self, checkpoint: Checkpoint) -> Mapping[str, tuple[str, int]]:
+        """For each tokenizer component: the text graph's input that its tokens go to, and how many that takes."""
+
+
+def find(pipeline: str) -> Family:
+    """Return the family of a pipeline class; DexportError lists what is supported."""
+    if pipeline not in PIPELINES:
+        raise DexportError(f"the pipeline class {pipeline} is not supported; supported: {', '.join(sorted(PIPELINES))}")
+    module: Any = importlib.import_module(f"exporter.families.{PIPELINES[pipeline]}")
+    return module  # type: ignore[no-any-return]

@@ -1,0 +1,143 @@
+"""The hub: a checkpoint as ONNX graphs that every backend compiles from, with what a pipeline must know of them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from exporter import checkpoint as checkpoints
+from exporter import tokenizer as tokenizers
+from exporter.checkpoint import Checkpoint
+from exporter.families import Shape, Spec
+from runtimes.bundle import HUB, publish
+from runtimes.check import check_model
+from runtimes.errors import DexportError, Progress, silent
+from runtimes.manifest import Graph, Model, Stage, Tokenizer, from_json, to_json
+from runtimes.samplers import compile_table
+
+INLINE = 1024  # bytes: a tensor up to this size stays in model.onnx, where shape inference sees it
+
+
+def export(
+    checkpoint: Path | Checkpoint,
+    output: Path,
+    *,
+    shape: tuple[int, int] | None = None,
+    dynamic_shape: bool = False,
+    graphs: Collection[str] | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> Model:
+    """Export a diffusers folder, or what was read of one, to the hub folder ``output`` and return what hub.json says.
+
+    ``shape`` is (height, width) of the picture in pixels, the checkpoint's own by default; with ``dynamic_shape`` the
+    graphs take every size. ``graphs``: the names of those to export, all by default. ``output`` appears whole or not
+    at all. Raises DexportError for input that is missing, damaged or not supported, and for a full disk.
+    """
+    if isinstance(checkpoint, Checkpoint):
+        source = checkpoint
+    else:
+        source = checkpoints.read(checkpoint, progress=lambda what, share: progress(what, share * 0.05))
+    family = source.family
+    size = Shape(*(shape or family.default_shape(source)), free=dynamic_shape)
+    specs = _choose(family.specs(source, size), graphs)
+    stages = tuple(_only(stage, specs) for stage in family.stages(source, size) if stage.denoiser in specs)
+    for stage in stages:
+        compile_table(stage.scheduler, stage.steps)  # now, not after an export that nothing could run
+    with publish(output, overwrite) as folder:
+        made = {}
+        for index, (name, spec) in enumerate(specs.items()):
+            start, part = 0.05 + 0.9 * index / len(specs), 0.9 / len(specs)
+            made[name] = _export_graph(source, name, spec, folder, _within(progress, start, part))
+        progress("hashing the checkpoint", 0.95)
+        model = Model(
+            family.NAME,
+            source.pipeline,
+            made,
+            _write_tokenizers(source, folder) if "text" in made else (),
+            stages,
+            source.source(),
+        )
+        check_model(model, str(output), whole=False)
+        (folder / HUB).write_text(to_json(model), encoding="utf-8")
+    progress("done", 1.0)
+    return model
+
+
+def load(folder: Path, *, whole: bool = True) -> Model:
+    """Read a hub folder's hub.json; DexportError if there is none, it makes no sense or a graph is missing.
+
+    With ``whole``, a hub of chosen graphs that has no stage to run is refused too.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DexportError(f"{folder}: no such folder")
+    if not (folder / HUB).is_file():
+        raise DexportError(f"{folder}: not a hub: it has no {HUB}; make one with: dexport export")
+    try:
+        text = (folder / HUB).read_text(encoding="utf-8")
+    except ValueError as error:
+        raise DexportError(f"{folder / HUB}: not valid UTF-8; export it again") from error
+    model = from_json(Model, text, str(folder / HUB))
+    check_model(model, str(folder / HUB), whole=whole)
+    for path in [graph.file for graph in model.graphs.values()] + [item.file for item in model.tokenizers]:
+        if not (folder / path).resolve().is_relative_to(folder.resolve()):
+            raise DexportError(f"{folder / HUB}: {path!r} is a link to the outside of the hub")
+        if not (folder / path).is_file():
+            raise DexportError(f"{folder}: {path} is missing; export it again")
+    return model
+
+
+def _choose(specs: Mapping[str, Spec], graphs: Collection[str] | None) -> Mapping[str, Spec]:
+    if graphs is None:
+        return specs
+    if unknown := sorted(set(graphs) - set(specs)):
+        raise DexportError(f"no graph {unknown[0]!r}; there are {', '.join(specs)}")
+    if not graphs:
+        raise DexportError(f"no graph chosen; there are {', '.join(specs)}")
+    return {name: spec for name, spec in specs.items() if name in graphs}
+
+
+def _export_graph(source: Checkpoint, name: str, spec: Spec, folder: Path, progress: Progress) -> Graph:
+    """Write ``folder``/NAME/model.onnx and model.onnx.data, and return their description."""
+    # Here, so that `import exporter.hub` and looking at a hub do not wait for torch.
+    import onnx_ir
+
+    from exporter import passes, trace
+    from exporter.weights import bind, parameter_shapes
+
+    progress(f"{name}: tracing", 0.0)
+    modules = trace.build(spec)
+    model = trace.trace(spec, modules, bind(source, parameter_shapes(modules)))
+    progress(f"{name}: optimizing", 0.5)
+    model = passes.run(model, passes.HUB)
+    progress(f"{name}: writing", 0.7)
+    file = folder / name / "model.onnx"
+    file.parent.mkdir()
+    onnx_ir.save(model, file, external_data=f"{file.name}.data", size_threshold_bytes=INLINE)
+    return Graph(spec.kind, f"{name}/{file.name}", spec.inputs, spec.outputs)
+
+
+def _write_tokenizers(source: Checkpoint, folder: Path) -> tuple[Tokenizer, ...]:
+    inputs = source.family.token_inputs(source)
+    made = []
+    for name in source.tokenizers:
+        file = f"{name}/tokenizer.json"
+        pad = tokenizers.write(source.folder / name, folder / file)
+        input_, length = inputs[name]
+        made.append(Tokenizer(file, input_, length, pad))
+    return tuple(made)
+
+
+def _only(stage: Stage, made: Collection[str]) -> Stage:
+    """The stage without the graphs that are not exported."""
+
+    def kept(name: str | None) -> str | None:
+        return name if name in made else None
+
+    return replace(stage, text=kept(stage.text), decoder=kept(stage.decoder), encoder=kept(stage.encoder))
+
+
+def _within(progress: Progress, start: float, part: float) -> Progress:
+    return lambda what, share: progress(what, start + part * share)

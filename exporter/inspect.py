@@ -1,0 +1,130 @@
+"""What a folder is: a checkpoint, an ONNX hub or a bundle, in figures. Loads no weight and no torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from runtimes import bundle
+from runtimes.manifest import Graph, Model, Stage, Tensor
+from runtimes.safetensors import Entry
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """Describe the folder ``path``, ready for JSON; ``kind`` is "bundle", "hub" or "checkpoint", sizes are in bytes.
+
+    Hashes are not checked (``verify`` does that) and weights not searched for NaN (``export`` does). Raises
+    DexportError for what is none of the three.
+    """
+    path = Path(path)
+    if (path / bundle.MANIFEST).is_file():
+        return _bundle(path)
+    if (path / bundle.HUB).is_file():
+        return _hub(path)
+    return _checkpoint(path)
+
+
+def _bundle(path: Path) -> dict[str, Any]:
+    manifest = bundle.load_manifest(path, check=False)
+    sizes = {file.path: file.size for file in manifest.files}
+    return {
+        "kind": "bundle",
+        "target": manifest.target,
+        "precision": manifest.precision,
+        **_model(manifest.model, sizes),
+        "recipe": dict(manifest.recipe),
+        "tools": dict(manifest.tools),
+        "accuracy": dict(manifest.accuracy),
+    }
+
+
+def _hub(path: Path) -> dict[str, Any]:
+    from exporter import hub
+
+    model = hub.load(path, whole=False)
+    sizes = {file.relative_to(path).as_posix(): file.stat().st_size for file in path.rglob("*") if file.is_file()}
+    found = _model(model, sizes)
+    for name, graph in model.graphs.items():
+        found["graphs"][name] |= _operators(path / graph.file)
+    return {"kind": "hub", **found}
+
+
+def _model(model: Model, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """What a hub and a bundle share; ``sizes``: bytes by path of every file in the folder."""
+    return {
+        "family": model.family,
+        "pipeline": model.pipeline,
+        "size": sum(sizes.values()),
+        **(_stage(model.stages[0]) if model.stages else {}),  # a hub of chosen graphs may hold no whole stage
+        "graphs": {name: _graph(graph, sizes) for name, graph in model.graphs.items()},
+        "source_files": len(model.source),
+        "source_size": sum(file.size for file in model.source),
+    }
+
+
+def _stage(stage: Stage) -> dict[str, Any]:
+    return {
+        "image": f"{stage.sample[1] * stage.factor}x{stage.sample[2] * stage.factor} pixels",
+        "sampler": stage.scheduler["_class_name"],
+        "steps": stage.steps,
+        "guidance": f"{stage.guidance.kind}, scale {stage.guidance.scale:g}",
+    }
+
+
+def _graph(graph: Graph, sizes: Mapping[str, int]) -> dict[str, Any]:
+    folder = graph.file.rpartition("/")[0] + "/"
+    return {
+        "file": graph.file,
+        "size": sum(size for path, size in sizes.items() if path.startswith(folder)),
+        "inputs": _tensors(graph.inputs),
+        "outputs": _tensors(graph.outputs),
+        "properties": dict(graph.properties),
+    }
+
+
+def _tensors(tensors: Iterable[Tensor]) -> dict[str, str]:
+    return {t.name: f"{t.dtype} [{', '.join(str(side) for side in t.shape)}]" for t in tensors}
+
+
+def _operators(file: Path) -> dict[str, Any]:
+    """Count the nodes and parameters of an ONNX file without reading its external data."""
+    import onnx_ir
+
+    graph = onnx_ir.load(file).graph
+    kinds = Counter(node.op_type for node in graph.all_nodes())
+    values = [value.const_value for value in graph.initializers.values() if value.const_value is not None]
+    return {
+        "nodes": sum(kinds.values()),
+        "parameters": sum(value.size for value in values if value.dtype.is_floating_point()),
+        "operators": dict(kinds.most_common()),
+    }
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    from exporter import checkpoint
+
+    found = checkpoint.read(path, check=False)
+    components = {name: _component(c.class_name, c.entries.values()) for name, c in found.components.items()}
+    return {
+        "kind": "checkpoint",
+        "family": found.family.NAME,
+        "pipeline": found.pipeline,
+        "size": sum((path / file).stat().st_size for file in found.paths),
+        "parameters": sum(component["parameters"] for component in components.values()),
+        "scheduler": found.scheduler["_class_name"],
+        "components": components,
+    }
+
+
+def _component(class_name: str, entries: Iterable[Entry]) -> dict[str, Any]:
+    entries = list(entries)
+    return {
+        "class": class_name,
+        "parameters": sum(prod(entry.shape) for entry in entries),
+        "tensors": len(entries),
+        "size": sum(entry.size for entry in entries),
+        "dtypes": dict(Counter(entry.dtype for entry in entries)),
+    }

@@ -1,0 +1,157 @@
+"""Passes over a hub graph, each ``model -> (model, modified)``; ``HUB`` is the list that every export goes through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import onnx_ir as ir
+from onnx_ir.passes.common import (
+    ClearMetadataAndDocStringPass,
+    LiftConstantsToInitializersPass,
+    RemoveUnusedNodesPass,
+)
+from onnxscript.optimizer import optimize_ir
+
+from exporter.weights import Weight
+from runtimes.safetensors import Entry
+
+Pass = Callable[[ir.Model], tuple[ir.Model, bool]]
+
+# Elements. Folding may look at shapes, axes and position ids, never at a weight matrix, and make no large table.
+FOLD_INPUT = 1024
+FOLD_OUTPUT = 65536
+
+
+def run(model: ir.Model, passes: Sequence[Pass]) -> ir.Model:
+    """Run ``passes`` in order."""
+    for one in passes:
+        model, _ = one(model)
+    return model
+
+
+def strip(model: ir.Model) -> tuple[ir.Model, bool]:
+    """Remove what torch notes about itself: stack traces with paths, scopes, version numbers."""
+    modified = ClearMetadataAndDocStringPass()(model).modified
+    model.producer_name, model.producer_version, model.graph.name = "dexport", None, "graph"
+    for value in _values(model):
+        modified = modified or bool(value.metadata_props)
+        value.metadata_props.clear()
+        value.doc_string = None
+        if value.const_value is not None:
+            value.const_value.metadata_props.clear()
+            value.const_value.doc_string = None
+    return model, modified
+
+
+def share_weights(model: ir.Model) -> tuple[ir.Model, bool]:
+    """Store a weight once that several parameters take from the same place of the checkpoint."""
+    modified = False
+    first: dict[tuple[Entry, tuple[int, ...]], ir.Value] = {}
+    for name, value in list(model.graph.initializers.items()):
+        weight = value.const_value
+        if not isinstance(weight, Weight):
+            continue
+        key = (weight.entry, weight.order)
+        kept = first.setdefault(key, value)
+        if kept is not value and not value.is_graph_output():
+            value.replace_all_uses_with(kept)
+            del model.graph.initializers[name]
+            modified = True
+    return model, modified
+
+
+def turn_weights(model: ir.Model) -> tuple[ir.Model, bool]:
+    """Store a linear layer's weight as its MatMul takes it, [in, out], instead of turning it at run time.
+
+    Constant folding would do so too, but with all matrices in memory.
+    """
+    modified = False
+    turned: dict[tuple[str | None, tuple[int, ...]], ir.Value] = {}
+    for node in list(model.graph):
+        source = node.inputs[0] if node.op_type == "Transpose" else None
+        if source is None or not isinstance(source.const_value, Weight):
+            continue
+        order = tuple(node.attributes["perm"].as_ints())
+        new = turned.get((source.name, order))
+        if new is None:
+            weight = source.const_value.transposed(order)
+            weight.name = f"{source.name}.transposed"
+            new = ir.Value(name=weight.name, shape=weight.shape, type=source.type, const_value=weight)
+            model.graph.initializers.add(new)
+            turned[source.name, order] = new
+        node.outputs[0].replace_all_uses_with(new)
+        model.graph.remove(node, safe=True)
+        modified = True
+    return model, modified
+
+
+def optimize(model: ir.Model) -> tuple[ir.Model, bool]:
+    """Fold what depends on constants alone, and rewrite the exporter's clumsy patterns (sequences to Split, ...)."""
+    before = [node.op_type for node in model.graph]
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)  # fewer nodes to match rules with
+    optimize_ir(model, input_size_limit=FOLD_INPUT, output_size_limit=FOLD_OUTPUT, should_fold=_reads_no_matrix)
+    return model, before != [node.op_type for node in model.graph]
+
+
+def _reads_no_matrix(node: ir.Node) -> bool | None:
+    """False keeps a node unfolded; None leaves it to the size limits, which spare some operators."""
+    weights = [value.const_value for value in node.inputs if value is not None]
+    return False if any(isinstance(w, Weight) and w.size > FOLD_INPUT for w in weights) else None
+
+
+def drop_unused(model: ir.Model) -> tuple[ir.Model, bool]:
+    """Remove nodes without a use, and weights such as the encoder's in a decoder's graph."""
+    return model, RemoveUnusedNodesPass()(model).modified
+
+
+def drop_formulas(model: ir.Model) -> tuple[ir.Model, bool]:
+    """Drop inner shapes with sizes such as "2*s30 + 2": runtimes infer them, and take two texts for two sizes."""
+    named = {size.value for value in model.graph.inputs for size in value.shape or () if not isinstance(size, int)}
+    named |= {size.value for value in model.graph.outputs for size in value.shape or () if not isinstance(size, int)}
+    modified = False
+    for node in model.graph:
+        for value in node.outputs:
+            if any(not isinstance(size, int) and size.value not in named for size in value.shape or ()):
+                value.shape, modified = None, True
+    return model, modified
+
+
+def number_names(model: ir.Model) -> tuple[ir.Model, bool]:
+    """Name nodes and inner values by their place, so that the same graph has the same names in every process.
+
+    The exporter numbers values over all that it has traced before. Inputs, outputs and weights keep their names.
+    """
+    kept = {id(value) for value in (*model.graph.inputs, *model.graph.outputs)}
+    modified = False
+    constants = [(n, v) for n, v in model.graph.initializers.items() if not isinstance(v.const_value, Weight)]
+    for name, _ in constants:
+        del model.graph.initializers[name]
+    for index, (name, value) in enumerate(constants):
+        value.name = f"constant_{index}"
+        model.graph.initializers.add(value)
+        modified = modified or name != value.name
+    for index, node in enumerate(model.graph):
+        name = f"{node.op_type}_{index}"
+        modified = modified or node.name != name
+        node.name = name
+        for position, value in enumerate(node.outputs):
+            if id(value) not in kept and value.name:
+                value.name = f"{name}_{position}" if len(node.outputs) > 1 else f"{name}_output"
+    return model, modified
+
+
+HUB: tuple[Pass, ...] = (
+    share_weights,
+    turn_weights,
+    drop_unused,
+    optimize,
+    drop_unused,
+    drop_formulas,
+    strip,
+    number_names,
+)
+
+
+def _values(model: ir.Model) -> list[ir.Value]:
+    inner = [value for node in model.graph for value in node.outputs]
+    return [*model.graph.inputs, *model.graph.initializers.values(), *inner]

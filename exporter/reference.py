@@ -1,0 +1,48 @@
+"""The torch model in fp32 to compare with, in little memory: each layer's weights are there while it runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from exporter import trace
+from exporter.checkpoint import Checkpoint
+from exporter.families import Shape
+from exporter.weights import bind, parameter_shapes, widen
+from runtimes.errors import DexportError
+from runtimes.safetensors import Entry
+
+
+def load(checkpoint: Checkpoint, graph: str) -> torch.nn.Module:
+    """Return the module that the hub graph ``graph`` is exported from, computing in fp32.
+
+    Called as ``module(*inputs)`` with tensors in the graph's input order; gives a tensor, or a tuple in the graph's
+    output order. A layer's weights are mapped from the file and widened when it is called, and let go after it.
+    """
+    height, width = checkpoint.family.default_shape(checkpoint)
+    specs = checkpoint.family.specs(checkpoint, Shape(height, width, free=False))
+    if graph not in specs:
+        raise DexportError(f"no graph {graph!r}; there are {', '.join(specs)}")
+    modules = trace.build(specs[graph])
+    entries = bind(checkpoint, parameter_shapes(modules))
+    for path, module in modules.named_modules():
+        own = {name: entries[f"{path}.{name}"] for name, value in module._parameters.items() if value is not None}
+        if own:
+            _lend(module, own)
+    return modules
+
+
+def _lend(module: torch.nn.Module, entries: dict[str, Entry]) -> None:
+    """Give ``module`` its own parameters' values for the time of each call."""
+    empty = {name: module._parameters[name] for name in entries}
+
+    def fill(module: torch.nn.Module, inputs: Any) -> None:
+        for name, entry in entries.items():
+            module._parameters[name] = torch.nn.Parameter(torch.from_numpy(widen(entry)), requires_grad=False)
+
+    def drop(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        module._parameters.update(empty)
+
+    module.register_forward_pre_hook(fill)
+    module.register_forward_hook(drop, always_call=True)

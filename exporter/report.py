@@ -1,0 +1,112 @@
+"""report.html: what was built and how exact it is, with pictures, in one file that needs nothing else.
+
+It holds no time and no speed, so that the same input gives the same bundle; ``dexport bench`` measures speed.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from exporter.gate import Proof, Reference
+from runtimes.image import to_images
+from runtimes.manifest import Model
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .2rem .8rem; border-bottom: 1px solid #ddd }
+th { text-align: left } td.number { text-align: right; font-variant-numeric: tabular-nums }
+figure { display: inline-block; margin: 0 1rem 1rem 0 } img { width: 16rem; image-rendering: pixelated }
+"""
+
+
+def render(
+    model: Model, target: str, precision: str, recipe: Mapping[str, Any], proof: Proof, reference: Reference
+) -> str:
+    """Return the page, with what the bundle drew beside what torch drew, where it was run."""
+    accuracy = proof.accuracy
+    title = escape(f"{model.pipeline} for {target}, {precision}")
+    parts = [f"<h1>{title}</h1>", _facts(model, recipe), f"<h2>The gate: {escape(accuracy['gate'])}</h2>"]
+    if "why" in accuracy:
+        parts.append(f"<p>{escape(accuracy['why'])}. {escape(accuracy.get('next', ''))}</p>")
+    parts.append(_pictures(reference, proof.image))
+    if "graphs" in accuracy:
+        parts.append(_agreement(accuracy))
+    body = "\n".join(parts)
+    return (
+        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title>\n'
+        f"<style>{STYLE}</style>\n{body}\n</html>\n"
+    )
+
+
+def _facts(model: Model, recipe: Mapping[str, Any]) -> str:
+    stage = model.stages[0]
+    rows = [
+        ("family", model.family),
+        ("image", f"{recipe['shape'][0]}x{recipe['shape'][1]} pixels" + (", any size" * recipe["dynamic_shape"])),
+        ("sampler", f"{stage.scheduler['_class_name']}, {stage.steps} steps"),
+        ("guidance", f"{stage.guidance.kind}, {stage.guidance.scale:g}"),
+        ("weights", f"{sum(file.size for file in model.source) / 1e6:.1f} MB in {len(model.source)} files"),
+    ]
+    return _table((), rows)
+
+
+def _pictures(reference: Reference, image: NDArray[Any] | None) -> str:
+    shown = [("torch, fp32", reference.image)]
+    if image is not None:
+        difference = np.abs(reference.image - image)
+        most = float(difference.max())
+        gain = 1 / most if most else 1.0
+        shown += [("this bundle", image), (f"difference, times {gain:.3g}", difference * gain)]
+    figures = [
+        f'<figure><img alt="{escape(what)}" src="data:image/png;base64,{_png(to_images(array)[0])}">'
+        f"<figcaption>{escape(what)}</figcaption></figure>"
+        for what, array in shown
+    ]
+    prompt = escape(reference.request.prompts[0])
+    return f"<p>“{prompt}”, {reference.request.steps} steps, seed {reference.request.seed}</p>\n" + "\n".join(figures)
+
+
+def _agreement(accuracy: Mapping[str, Any]) -> str:
+    rows = [
+        (
+            name, call["output"], f"{call['timestep']:g}" if "timestep" in call else "",
+            f"{call['sqnr_db']:.1f}", f"{call['relative']:.2e}", f"{call['max_abs']:.2e}",
+        )
+        for name, calls in accuracy["graphs"].items()
+        for call in calls
+    ]  # fmt: skip
+    band, image = accuracy["band"], accuracy["image"]
+    latents = [(str(step + 1), f"{value:.1f}") for step, value in enumerate(accuracy["latents_sqnr_db"])]
+    return (
+        f"<p>Image: PSNR {image['psnr_db']:.1f} dB (at least {band['image']:g}), SSIM {image['ssim']:.4f}.</p>"
+        f"<h2>Each graph alone, on the reference's inputs (SQNR at least {band['graph']:g} dB)</h2>"
+        + _table(("graph", "output", "timestep", "SQNR, dB", "relative L2", "max abs"), rows)
+        + f"<h2>Latents of a free run (the last at least {band['latents']:g} dB)</h2>"
+        + _table(("step", "SQNR, dB"), latents)
+    )
+
+
+def _table(heads: tuple[str, ...], rows: list[Any]) -> str:
+    head = "<tr>" + "".join(f"<th>{escape(text)}</th>" for text in heads) + "</tr>" if heads else ""
+    body = "".join(
+        "<tr>" + "".join(f"<td{_number(text)}>{escape(text)}</td>" for text in row) + "</tr>\n" for row in rows
+    )
+    return f"<table>{head}{body}</table>"
+
+
+def _number(text: str) -> str:
+    return ' class="number"' if text.replace(".", "").replace("e", "").replace("-", "").isdigit() else ""
+
+
+def _png(image: Image.Image) -> str:
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return base64.b64encode(stream.getvalue()).decode()

@@ -1,0 +1,83 @@
+"""A checkpoint's tokenizer as one tokenizer.json that the ``tokenizers`` package loads by itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from runtimes.errors import DexportError
+
+END = "<|endoftext|>"
+DEFAULTS = {"bos_token": "<|startoftext|>", "eos_token": END, "pad_token": END}  # CLIPTokenizer's
+
+
+def write(folder: Path, output: Path) -> int:
+    """Write ``output`` (tokenizer.json) from a CLIP tokenizer's folder and return the id that it pads with.
+
+    The folder has a tokenizer.json, or vocab.json and merges.txt. What is written puts the start and end marks around
+    a text, and neither pads nor cuts it: the pipeline does, and says what it cut.
+    """
+    from tokenizers import Tokenizer
+    from tokenizers.processors import TemplateProcessing
+
+    options = _read_options(folder)
+    start, end, pad = (_token(options, key, default) for key, default in DEFAULTS.items())
+    try:
+        if (folder / "tokenizer.json").is_file():
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            tokenizer = _convert(folder, start, end, pad)
+        else:
+            raise DexportError(f"{folder}: no tokenizer.json, and no vocab.json with merges.txt")
+    except DexportError:
+        raise
+    except Exception as error:  # the packages raise plain Exception for a damaged file
+        raise DexportError(f"{folder}: its files are damaged ({error}); copy or download them again") from error
+    ids: dict[str, int] = {}
+    for token in (start, end, pad):
+        number = tokenizer.token_to_id(token)
+        if number is None:
+            raise DexportError(f"{folder}: the token {token!r} is not in the vocabulary")
+        ids[token] = number
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"{start} $A {end}", special_tokens=[(start, ids[start]), (end, ids[end])]
+    )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
+    return ids[pad]
+
+
+def _convert(folder: Path, start: str, end: str, pad: str) -> Any:
+    """A tokenizer from vocab.json and merges.txt, with transformers' own idea of CLIP's way to split a text."""
+    from transformers import CLIPTokenizerFast
+
+    vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    for token in (start, end, pad):  # else transformers would add it, with an id beyond the text encoder's table
+        if token not in vocabulary:
+            raise DexportError(f"{folder}: the token {token!r} is not in the vocabulary")
+    marks = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": pad}
+    return CLIPTokenizerFast(vocab=vocabulary, merges=merges, **marks).backend_tokenizer
+
+
+def _read_options(folder: Path) -> dict[str, Any]:
+    """The special tokens' names; tokenizer_config.json wins over special_tokens_map.json, as in transformers."""
+    options: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        path = folder / name
+        if path.is_file():
+            try:
+                options |= json.loads(path.read_text(encoding="utf-8"))
+            except (ValueError, TypeError) as error:
+                raise DexportError(f"{path}: not valid JSON ({error}); copy or download it again") from error
+    return options
+
+
+def _token(options: dict[str, Any], key: str, default: str) -> str:
+    """A special token is written as its text, or as an object with "content"."""
+    value = options.get(key) or default
+    return str(value.get("content", default)) if isinstance(value, dict) else str(value)

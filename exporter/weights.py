@@ -1,0 +1,99 @@
+"""A checkpoint's tensors under the names of a graph's modules, read one at a time and widened to fp32.
+
+The weights never lie in memory together: a graph holds ``Weight``s, which read their bytes from the .safetensors file
+when they are written out, and drop them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from exporter.checkpoint import Checkpoint
+from runtimes.errors import DexportError
+from runtimes.safetensors import Entry
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+class Weight(ir.LazyTensor):
+    """An fp32 tensor of a graph whose values lie in a .safetensors file; every use reads them anew.
+
+    With ``order``, the axes are the file's in that order (as numpy's transpose has it).
+    """
+
+    __slots__ = ("entry", "order")
+
+    def __init__(self, name: str, entry: Entry, order: tuple[int, ...] | None = None) -> None:
+        self.entry = entry
+        self.order = order or tuple(range(len(entry.shape)))
+        shape = ir.Shape(entry.shape[axis] for axis in self.order)
+        super().__init__(self._read, dtype=ir.DataType.FLOAT, shape=shape, name=name)
+
+    def _read(self) -> ir.TensorProtocol:
+        values = widen(self.entry)
+        return ir.Tensor(np.ascontiguousarray(values.transpose(self.order)).reshape(self.shape.numpy()), name=self.name)
+
+    def transposed(self, order: Sequence[int]) -> Weight:
+        """The same weight with its axes in another order."""
+        return Weight(self.name or "", self.entry, tuple(self.order[axis] for axis in order))
+
+
+def widen(entry: Entry) -> NDArray[np.float32]:
+    """The tensor as fp32 in memory; exact for fp16 and bf16."""
+    return entry.load().astype(np.float32, copy=False)
+
+
+def bind(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Entry]:
+    """Find the tensor of each parameter: ``shapes`` is by parameter name, "<component>.<name in its module>".
+
+    Raises DexportError naming the tensor that is missing, is there without a use, or has another shape or no floats.
+    """
+    family = checkpoint.family
+    bound: dict[str, Entry] = {}
+    for component in sorted({name.partition(".")[0] for name in shapes}):
+        part = checkpoint.components[component]
+        found: dict[str, Entry] = {}
+        for stored, entry in part.entries.items():
+            name = family.rename(component, stored)
+            if name in found:
+                raise DexportError(f"{part.folder}: {stored!r} and {found[name].name!r} are the same weight")
+            if name is not None:
+                found[name] = entry
+        wanted = {name.partition(".")[2] for name in shapes if name.startswith(f"{component}.")}
+        if missing := sorted(wanted - set(found)):
+            raise DexportError(
+                f"{part.folder}: {_some(missing)} missing; {part.class_name} needs it by its config.json"
+            )
+        if extra := sorted(set(found) - wanted):
+            raise DexportError(
+                f"{part.folder}: {_some([found[name].name for name in extra])} unexpected; {part.class_name} has no "
+                "such weight by its config.json"
+            )
+        bound |= {f"{component}.{name}": found[name] for name in wanted}
+    for name, shape in shapes.items():
+        entry = bound[name]
+        if entry.shape != tuple(shape):
+            raise DexportError(
+                f"{entry.file}: tensor {entry.name!r} has the shape {list(entry.shape)} where config.json asks for "
+                f"{list(shape)}"
+            )
+        if entry.dtype not in FLOATS:
+            raise DexportError(f"{entry.file}: tensor {entry.name!r} is {entry.dtype}; only float weights are exported")
+    return bound
+
+
+def _some(names: list[str]) -> str:
+    """The first names, and how many there are beyond: ``tensors 'a', 'b', 'c' and 5 more are``."""
+    listed = ", ".join(repr(name) for name in names[:3])
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"tensor {listed} is" if len(names) == 1 else f"tensors {listed}{more} are"
+
+
+def parameter_shapes(module: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter of a torch module by its name; a shared parameter once under each of its names."""
+    return {name: tuple(value.shape) for name, value in module.named_parameters(remove_duplicate=False)}

@@ -1,0 +1,122 @@
+"""How fast a bundle is on this machine: each graph alone, a step of the loop, and a whole image."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from runtimes import bundle
+from runtimes.errors import DexportError, Progress, silent
+from runtimes.manifest import Graph, Stage
+from runtimes.pipeline import Pipeline, Request
+from runtimes.session import Array, Session, require, run_batched
+from runtimes.target import Target
+
+PROMPT = "a red apple"
+
+
+def bench(
+    folder: Path | str,
+    *,
+    repeats: int = 5,
+    threads: int | None = None,
+    images: int = 1,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Time a bundle and return, ready for JSON::
+
+        {"target", "precision", "threads", "images", "repeats", "steps",
+         "graphs": {name: {"batch", "load_seconds", "first_seconds", "seconds", "best_seconds"}},
+         "step_seconds", "image_seconds"}
+
+    ``seconds`` is the median of ``repeats`` calls after the first, which some runtimes spend on compiling for the
+    batch at hand. The denoiser's batch is ``2 * images`` where the model is guided. ``image_seconds`` is for all
+    ``images`` together with the checkpoint's own number of steps, graphs loaded and warm. Raises DexportError for a bad
+    bundle.
+    """
+    if repeats < 1 or images < 1:
+        raise DexportError(f"repeats and images must be 1 or more, not {repeats} and {images}")
+    folder = Path(folder)
+    manifest = bundle.load_manifest(folder)
+    target = Target.parse(manifest.target)
+    backend = require(target.backend)
+    stage = manifest.model.stages[0]
+    sessions: dict[str, Session] = {}
+    graphs: dict[str, Any] = {}
+    for index, (name, graph) in enumerate(manifest.model.graphs.items()):
+        progress(f"timing {name}", index / (len(manifest.model.graphs) + 1))
+        begin = time.perf_counter()
+        session = backend.open(folder / graph.file, graph, target.device, threads, None)
+        load = time.perf_counter() - begin
+        batch = images * (2 if graph.kind == "denoiser" and stage.guidance.kind == "cfg" else 1)
+        inputs = _inputs(graph, stage, batch)
+        calls = [_seconds(session, inputs) for _ in range(repeats + 1)]
+        sessions[name] = session
+        graphs[name] = {
+            "batch": batch,
+            "load_seconds": load,
+            "first_seconds": calls[0],
+            "seconds": median(calls[1:]),
+            "best_seconds": min(calls[1:]),
+        }
+    progress("timing an image", len(graphs) / (len(graphs) + 1))
+    pipeline = Pipeline(manifest.model, folder, sessions.__getitem__)
+    return {
+        "target": manifest.target,
+        "precision": manifest.precision,
+        "threads": threads,
+        "images": images,
+        "repeats": repeats,
+        "graphs": graphs,
+        **_image(pipeline, images),
+    }
+
+
+def _image(pipeline: Pipeline, images: int) -> dict[str, Any]:
+    """Time one request, from its prompt to its pixels, and the steps in it."""
+    request = Request([PROMPT], images=images)
+    begin = time.perf_counter()
+    ends, sample = [], np.zeros(0)
+    for step in pipeline.generate(request):
+        ends.append(time.perf_counter())
+        sample = step.sample
+    pipeline.decode(sample)
+    whole = time.perf_counter() - begin
+    # The first step's time holds the text graph's too.
+    steps = [after - before for before, after in pairwise(ends)] or [ends[0] - begin]
+    return {"steps": len(ends), "step_seconds": median(steps), "image_seconds": whole}
+
+
+def _inputs(graph: Graph, stage: Stage, batch: int) -> Mapping[str, Array]:
+    """Inputs of the right shapes whose values a model can see in use; speed does not depend on them further."""
+    random = np.random.default_rng(0)
+    free = {"batch": batch, "height": stage.sample[1], "width": stage.sample[2]}
+    free |= {"image_height": stage.sample[1] * stage.factor, "image_width": stage.sample[2] * stage.factor}
+    inputs: dict[str, Array] = {}
+    for tensor in graph.inputs:
+        shape = [free[side] if isinstance(side, str) else side for side in tensor.shape]
+        if tensor.name in stage.inputs:
+            value = np.asarray(stage.inputs[tensor.name], tensor.dtype)
+            inputs[tensor.name] = np.ascontiguousarray(np.broadcast_to(value, shape))
+        elif tensor.name == "timestep":
+            inputs[tensor.name] = np.full(shape, 500, tensor.dtype)
+        elif np.issubdtype(np.dtype(tensor.dtype), np.integer):
+            inputs[tensor.name] = np.zeros(shape, tensor.dtype)
+        elif graph.kind == "encoder":
+            inputs[tensor.name] = random.random(shape).astype(tensor.dtype)
+        else:
+            inputs[tensor.name] = random.standard_normal(shape).astype(tensor.dtype)
+    return inputs
+
+
+def _seconds(session: Session, inputs: Mapping[str, Array]) -> float:
+    """The seconds that one call of ``session`` takes."""
+    begin = time.perf_counter()
+    run_batched(session, inputs)
+    return time.perf_counter() - begin

@@ -1,0 +1,184 @@
+"""What a hub or a bundle says must also make sense: its names, paths, sizes and numbers, before anything is done by it.
+
+The types are checked by runtimes.manifest as it reads; docs/bundle-format.md has the rules. Whoever made the folder is
+not trusted: a path or a name decides where files are written, a number how much memory is asked for.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import PurePosixPath
+
+import numpy as np
+
+from runtimes.accuracy import BANDS
+from runtimes.errors import DexportError, IntegrityError
+from runtimes.manifest import Graph, Kind, Manifest, Model, Stage, Tensor, Tokenizer
+from runtimes.samplers import compile_table
+from runtimes.target import Target
+
+GRAPH_NAME = re.compile(r"[a-z][a-z0-9_]*")
+TOKENIZER_FILE = re.compile(r"tokenizer[a-z0-9_]*/[^/]+")
+FREE = ("batch", "height", "width", "image_height", "image_width")  # the dimensions that may be free
+DTYPES = ("float32", "int64")
+GATES = ("passed", "not run")
+SIDE = 65536  # the largest side of a tensor or a picture, and the longest prompt
+ELEMENTS = 2**28  # of a sample or a picture
+RANK = 8
+STEPS = 10_000
+TENSORS: dict[Kind, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "text": ((), ()),
+    "denoiser": (("sample", "timestep"), ("output",)),
+    "decoder": (("sample",), ("image",)),
+    "encoder": (("image",), ("sample",)),
+}
+"""The inputs and outputs that a pipeline gives and takes by name."""
+
+
+def check_paths(paths: Iterable[str], where: str) -> None:
+    """Raise IntegrityError for a path that is not plain and relative, or that may lead out of its folder."""
+    for path in paths:
+        pure = PurePosixPath(path)
+        plain = bool(pure.parts) and str(pure) == path and path.isprintable() and not pure.is_absolute()
+        if not plain or ".." in pure.parts or "\\" in path or ":" in path:
+            raise IntegrityError(f"{where}: {path!r:.60} is not a plain path inside its folder")
+
+
+def check_manifest(manifest: Manifest, where: str) -> None:
+    """Raise DexportError unless a bundle's manifest makes sense, its model included; ``where`` names the file."""
+    try:
+        Target.parse(manifest.target)
+    except DexportError as error:
+        raise DexportError(f"{where}: target: {error}") from error
+    if manifest.precision not in BANDS:
+        raise _wrong(where, "precision", manifest.precision, ", ".join(BANDS))
+    if manifest.accuracy.get("gate") not in GATES:
+        raise _wrong(where, "accuracy: gate", manifest.accuracy.get("gate"), " or ".join(map(repr, GATES)))
+    check_paths((file.path for file in manifest.files), where)
+    check_model(manifest.model, where)
+
+
+def check_model(model: Model, where: str, *, whole: bool = True) -> None:
+    """Raise DexportError unless a model makes sense; with ``whole``, also if it has no stage to run."""
+    if not model.graphs:
+        raise DexportError(f"{where}: there are no graphs")
+    if whole and not model.stages:
+        raise DexportError(f"{where}: there are no stages: it holds no denoiser; export all graphs")
+    for name, graph in model.graphs.items():
+        _check_graph(name, graph, where)
+    _check_tokenizers(model, where)
+    for index, stage in enumerate(model.stages):
+        _check_stage(model, stage, f"{where}: stages[{index}]")
+
+
+def _check_graph(name: str, graph: Graph, where: str) -> None:
+    if not GRAPH_NAME.fullmatch(name) or name.startswith("tokenizer"):
+        raise _wrong(where, "a graph's name", name, "lower-case letters, digits and _, and not tokenizer")
+    where = f"{where}: graphs: {name}"
+    check_paths([graph.file], where)
+    # A folder of its own: no graph can take the place of another file of the bundle.
+    if len(PurePosixPath(graph.file).parts) != 2 or not graph.file.startswith(f"{name}/"):
+        raise _wrong(where, "file", graph.file, f"a file in the folder {name}")
+    for tensors, needed in zip((graph.inputs, graph.outputs), TENSORS[graph.kind], strict=True):
+        names = [tensor.name for tensor in tensors]
+        if not names or len(set(names)) != len(names):
+            raise DexportError(f"{where}: inputs and outputs must have a name each, and at least one of both")
+        if missing := [item for item in needed if item not in names]:
+            raise DexportError(f"{where}: a {graph.kind} must have {missing[0]!r}; there is only {names!r:.60}")
+        for tensor in tensors:
+            _check_tensor(tensor, where)
+    if not re.fullmatch(r"[1-9][0-9]{0,4}", graph.properties.get("max_batch", "1"), re.ASCII):
+        raise _wrong(where, "properties: max_batch", graph.properties["max_batch"], "a number from 1")
+    if graph.kind == "text" and any(tensor.dtype != "int64" for tensor in graph.inputs):
+        raise DexportError(f"{where}: a text graph's inputs must be int64")
+
+
+def _check_tensor(tensor: Tensor, where: str) -> None:
+    where = f"{where}: {tensor.name!r:.60}"
+    if not tensor.name.isprintable():
+        raise DexportError(f"{where}: a tensor's name must be printable")
+    if tensor.dtype not in DTYPES:
+        raise _wrong(where, "dtype", tensor.dtype, " or ".join(DTYPES))
+    if not 1 <= len(tensor.shape) <= RANK:
+        raise _wrong(where, "shape", tensor.shape, f"1 to {RANK} dimensions")
+    for side in tensor.shape:
+        if side not in FREE if isinstance(side, str) else not 1 <= side <= SIDE:
+            raise _wrong(where, "shape", side, f"1 to {SIDE}, or one of {', '.join(FREE)}")
+
+
+def _check_tokenizers(model: Model, where: str) -> None:
+    files = [tokenizer.file for tokenizer in model.tokenizers]
+    check_paths(files, where)
+    if len(set(files)) != len(files):
+        raise IntegrityError(f"{where}: two tokenizers have the same file")
+    for tokenizer in model.tokenizers:
+        if not TOKENIZER_FILE.fullmatch(tokenizer.file):
+            raise _wrong(where, "a tokenizer's file", tokenizer.file, "a file in a folder tokenizer...")
+        if not 1 <= tokenizer.length <= SIDE:
+            raise _wrong(where, "a tokenizer's length", tokenizer.length, f"1 to {SIDE}")
+        if not 0 <= tokenizer.pad < 2**31:
+            raise _wrong(where, "a tokenizer's pad", tokenizer.pad, "0 to 2147483647")
+    texts = [graph for graph in model.graphs.values() if graph.kind == "text"]
+    for graph in texts:
+        _check_text(graph, model.tokenizers, where)
+    if model.tokenizers and not texts:
+        raise DexportError(f"{where}: there are tokenizers, but no text graph that takes their tokens")
+
+
+def _check_text(graph: Graph, tokenizers: Sequence[Tokenizer], where: str) -> None:
+    """The tokenizers must fill the text graph's inputs, one each."""
+    wanted, given = sorted(tensor.name for tensor in graph.inputs), sorted(item.input for item in tokenizers)
+    if wanted != given:
+        raise DexportError(f"{where}: the tokenizers give {given!r:.60} where the text graph takes {wanted!r:.60}")
+    lengths = {item.input: item.length for item in tokenizers}
+    for tensor in graph.inputs:
+        if tensor.shape != ("batch", lengths[tensor.name]):
+            raise _wrong(where, f"the shape of {tensor.name!r:.60}", tensor.shape, f"[batch, {lengths[tensor.name]}]")
+
+
+def _check_stage(model: Model, stage: Stage, where: str) -> None:
+    roles: list[tuple[Kind, str | None]] = [
+        ("denoiser", stage.denoiser), ("text", stage.text), ("decoder", stage.decoder), ("encoder", stage.encoder),
+    ]  # fmt: skip
+    for kind, name in roles:
+        if name is not None and (name not in model.graphs or model.graphs[name].kind != kind):
+            raise _wrong(where, kind, name, f"a graph of the kind {kind}")
+    if len(stage.sample) != 3 or not all(1 <= side <= SIDE for side in stage.sample):
+        raise _wrong(where, "sample", stage.sample, f"three numbers from 1 to {SIDE}")
+    picture = [3, *(side * stage.factor for side in stage.sample[1:])]
+    if stage.factor < 1 or max(picture) > SIDE or max(math.prod(picture), math.prod(stage.sample)) > ELEMENTS:
+        raise _wrong(where, "sample and factor", (stage.sample, stage.factor), f"at most {ELEMENTS} numbers a picture")
+    if not 1 <= stage.steps <= STEPS:
+        raise _wrong(where, "steps", stage.steps, f"1 to {STEPS}")
+    if not math.isfinite(stage.guidance.scale):
+        raise _wrong(where, "guidance: scale", stage.guidance.scale, "a finite number")
+    _check_inputs(model.graphs[stage.denoiser], stage, where)
+    try:
+        compile_table(stage.scheduler, stage.steps)
+    except DexportError as error:
+        raise DexportError(f"{where}: scheduler: {error}") from error
+
+
+def _check_inputs(graph: Graph, stage: Stage, where: str) -> None:
+    """The denoiser must take the stage's sample, and the values that the stage has for further inputs."""
+    tensors = {tensor.name: tensor for tensor in graph.inputs}
+    sides = tensors["sample"].shape[1:]
+    fits = len(sides) == 3 and all(isinstance(a, str) or a == b for a, b in zip(sides, stage.sample, strict=True))
+    if not fits:
+        raise _wrong(where, "sample", stage.sample, f"the denoiser's {list(sides)}")
+    for name, value in stage.inputs.items():
+        if name not in tensors or name in TENSORS["denoiser"][0]:
+            raise _wrong(where, "inputs", name, "further inputs of the denoiser")
+        try:
+            with np.errstate(over="raise"):
+                array = np.asarray(value, tensors[name].dtype)
+        except (TypeError, ValueError, ArithmeticError) as error:
+            raise DexportError(f"{where}: inputs: {name!r:.60}: not numbers of {tensors[name].dtype}") from error
+        if array.shape != tensors[name].shape[1:]:
+            raise _wrong(where, f"inputs: the shape of {name!r:.60}", array.shape, str(list(tensors[name].shape[1:])))
+
+
+def _wrong(where: str, what: str, value: object, wanted: str) -> DexportError:
+    return DexportError(f"{where}: {what} is {value!r:.60}; it must be {wanted}")

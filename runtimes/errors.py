@@ -1,0 +1,28 @@
+"""The errors that users see: one line that says what was wrong and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Progress = Callable[[str, float], None]
+"""Called as ``progress("denoiser: tracing", 0.25)``: what is being done, and the share of the whole that is done."""
+
+
+def silent(what: str, share: float) -> None:
+    """The default progress: say nothing."""
+
+
+class DexportError(Exception):
+    """Wrong use or wrong input (exit code 2)."""
+
+    exit_code = 2
+
+
+class GateError(DexportError):
+    """A result is outside its accuracy band (exit code 1)."""
+
+    exit_code = 1
+
+
+class IntegrityError(DexportError):
+    """Bytes on disk are not what their manifest says (exit code 2)."""

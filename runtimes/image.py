@@ -1,0 +1,59 @@
+"""Pictures: arrays to 8 bits, PNG files that remember how they were made, and grids of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, PngImagePlugin
+
+KEY = "dexport"  # the PNG text chunk that holds the settings as JSON
+
+
+def to_images(array: NDArray[Any]) -> list[Image.Image]:
+    """Turn float [B, 3, H, W] in [0, 1] into RGB pictures, rounding to the nearest of 256 levels."""
+    pixels = np.rint(np.clip(array, 0, 1) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    return [Image.fromarray(picture) for picture in pixels]
+
+
+def save_png(image: Image.Image, file: Path, settings: Mapping[str, Any]) -> None:
+    """Write a PNG with ``settings`` as JSON in its metadata; the file appears whole or not at all."""
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(KEY, json.dumps(settings, sort_keys=True, ensure_ascii=False))
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        image.save(partial, "PNG", pnginfo=info)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """Return the settings that ``save_png`` wrote into a PNG; {} for a picture of other make."""
+    with Image.open(file) as image:
+        return dict(json.loads(image.info.get(KEY, "{}")))
+
+
+def grid(rows: Sequence[Sequence[Image.Image]], labels: Sequence[str] = (), heads: Sequence[str] = ()) -> Image.Image:
+    """Lay pictures out in rows, with a label before each row and a head above each column."""
+    width, height = rows[0][0].size
+    left = max((8 * len(label) for label in labels), default=0)
+    top = 16 if heads else 0
+    gap = max(2, width // 32)
+    columns = max(len(row) for row in rows)
+    sheet = Image.new("RGB", (left + columns * (width + gap) + gap, top + len(rows) * (height + gap) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, head in enumerate(heads):
+        draw.text((left + gap + column * (width + gap), 2), head, "black")
+    for index, row in enumerate(rows):
+        y = top + gap + index * (height + gap)
+        if labels:
+            draw.text((4, y + height // 2 - 6), labels[index], "black")
+        for column, picture in enumerate(row):
+            sheet.paste(picture, (left + gap + column * (width + gap), y))
+    return sheet

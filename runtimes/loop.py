@@ -1,0 +1,92 @@
+"""The loop that runs any sampler's table, and its noise.
+
+The state is float64 around a float32 model: the sampler's own error then stays far below the model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from runtimes.errors import DexportError
+from runtimes.session import Array
+from runtimes.table import HISTORY, Row, Table
+
+Denoiser = Callable[[Array, float, Row], Array]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the loop has done: row ``index`` of ``total``, at timestep ``t``.
+
+    sample: X' after the row, [B, C, h, w] float64; output: the model's output, guidance applied, likewise.
+    """
+
+    index: int
+    total: int
+    t: float
+    sample: Array
+    output: Array
+
+
+def sample(table: Table, start: Array, model: Denoiser, noise: Callable[[], Array]) -> Iterator[Step]:
+    """Run ``table`` and yield after each row; the caller shows progress, or stops by not asking for more.
+
+    start: noise of unit variance [B, C, h, w]. model: called with the scaled sample (float32, like ``start``), the
+    timestep and the row; returns an output of that shape. noise: called for each fresh draw of that shape.
+    Raises DexportError where a shape is wrong or the model's output is not finite.
+    """
+    x = table.init_scale * _shaped(start, np.shape(start), "the start")
+    saved, history, nothing = x, [np.zeros_like(x)] * HISTORY, np.zeros_like(x)
+    for index, row in enumerate(table.rows):
+        output = _shaped(
+            model((row.scale * x).astype(np.float32), row.t, row), x.shape, f"the model's output at timestep {row.t:g}"
+        )
+        if row.h_x or row.h_m:
+            history = [np.clip(row.h_x * x + row.h_m * output, -row.clip, row.clip), *history[1:]]
+        fresh = _shaped(noise(), x.shape, "the noise") if row.x_z or row.s_z else nothing
+        registers = (x, saved, output, *history, fresh)
+        x, saved = (
+            _combine((row.x_x, row.x_s, row.x_m, *row.x_h, row.x_z), registers),
+            _combine((row.s_x, row.s_s, row.s_m, *row.s_h, row.s_z), registers),
+        )
+        if row.shift:
+            history = [history[0], *history[:-1]]
+        yield Step(index, len(table.rows), row.t, x, output)
+
+
+def _shaped(value: Array, shape: tuple[int, ...], what: str) -> Array:
+    """Return ``value`` in float64 after checking it."""
+    array = np.asarray(value, np.float64)
+    if array.ndim != 4 or array.shape != shape:
+        raise DexportError(f"{what} has the shape {list(array.shape)}; the loop needs [B, C, h, w] = {list(shape)}")
+    if not np.isfinite(array).all():
+        raise DexportError(
+            f"{what} holds NaN or infinity; if the bundle is fp16, build it with --precision bf16 or fp32"
+        )
+    return array
+
+
+def _combine(weights: tuple[float, ...], registers: tuple[Array, ...]) -> Array:
+    terms = [(weight, register) for weight, register in zip(weights, registers, strict=True) if weight]
+    if len(terms) == 1 and terms[0][0] == 1:
+        return terms[0][1]  # a register that is kept needs no copy: none is ever written to
+    total = np.zeros_like(registers[0])
+    for weight, register in terms:
+        total += weight * register
+    return total
+
+
+def noise_source(seeds: Sequence[int], shape: tuple[int, ...]) -> Callable[[], Array]:
+    """Return a source of standard normal noise: each call gives the next draw, [len(seeds), *shape] float64.
+
+    Image i has a stream of its own, numpy's Philox seeded by ``seeds[i]``, so that it does not depend on the batch
+    that it is made in. The first draw is meant for the loop's start.
+    """
+    for seed in seeds:
+        if type(seed) is not int or seed < 0:
+            raise DexportError(f"a seed must be a whole number from 0, not {seed!r}")
+    streams = [np.random.Generator(np.random.Philox(seed)) for seed in seeds]
+    return lambda: np.stack([stream.standard_normal(shape) for stream in streams])

@@ -1,0 +1,166 @@
+"""What a hub and a bundle say of themselves: frozen values, and their JSON.
+
+Both hold a ``Model`` (graphs, tokenizers, stages, source); a bundle's ``Manifest`` adds target, precision, files and
+the proof. Everything a device does for a model follows from these values: there is no family in the device code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from runtimes import strict_json
+from runtimes.errors import DexportError
+
+Kind = Literal["text", "denoiser", "decoder", "encoder"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A graph's input or output. A dimension that is a name ("batch", "height", "width") is free."""
+
+    name: str
+    dtype: str  # numpy's name: "float32", "int64"
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One ONNX graph, IR or engine; ``file`` is relative to the folder of the manifest."""
+
+    kind: Kind
+    file: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    properties: Mapping[str, str] = field(default_factory=dict)  # for the runtime, e.g. INFERENCE_PRECISION_HINT
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer file, the number of tokens that the text graph takes, and the id that fills the rest."""
+
+    file: str
+    input: str  # the text graph's input that these tokens go to
+    length: int
+    pad: int
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How a prompt steers: "cfg" runs the denoiser with and without it; "none" only with it."""
+
+    kind: Literal["cfg", "none"]
+    scale: float
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One denoising loop with what comes before and after it; graphs are named by their key in ``Model.graphs``."""
+
+    name: str
+    denoiser: str
+    text: str | None
+    decoder: str | None
+    encoder: str | None
+    sample: tuple[int, ...]  # default shape of the loop's sample, without batch: [C, h, w]
+    factor: int  # pixels of the image for each element of the sample, along height and width
+    scheduler: Mapping[str, Any]  # the checkpoint's scheduler_config.json, "_class_name" included
+    guidance: Guidance
+    steps: int
+    inputs: Mapping[str, Any] = field(default_factory=dict)  # values of further denoiser inputs, e.g. time_ids
+
+
+@dataclass(frozen=True)
+class File:
+    """A file's path relative to its folder (with "/"), its size in bytes and its sha256 in hex."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Model:
+    """All that a pipeline needs to know of a model."""
+
+    family: str
+    pipeline: str  # diffusers' class, e.g. "StableDiffusionPipeline"
+    graphs: Mapping[str, Graph]
+    tokenizers: tuple[Tokenizer, ...]
+    stages: tuple[Stage, ...]
+    source: tuple[File, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """``dexport.json`` of a bundle; docs/bundle-format.md is its specification."""
+
+    format: Literal["dexport-bundle"]
+    version: int
+    target: str
+    precision: str
+    model: Model
+    recipe: Mapping[str, Any]
+    tools: Mapping[str, str]
+    files: tuple[File, ...]
+    accuracy: Mapping[str, Any]
+
+
+def to_json(value: Any) -> str:
+    """Write a manifest or model as strict JSON; equal values give equal bytes. ValueError for NaN and infinity."""
+    return strict_json.dumps(dataclasses.asdict(value))
+
+
+def from_json(kind: type[T], text: str, where: str) -> T:
+    """Read a ``kind`` from JSON and check every key and type; ``where`` names the file in errors."""
+    try:
+        value = strict_json.loads(text)
+    except ValueError as error:
+        raise DexportError(f"{where}: not valid JSON ({error}); build the bundle anew") from error
+    result: T = _decode(kind, value, where)
+    return result
+
+
+def _decode(kind: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        hints = typing.get_type_hints(kind)
+        needed = {f.name for f in dataclasses.fields(kind) if f.default_factory is dataclasses.MISSING}
+        if missing := sorted(needed - set(value)):
+            raise DexportError(f"{where}: {missing[0]!r} is missing")
+        if unknown := sorted(set(value) - set(hints)):
+            raise DexportError(f"{where}: {unknown[0]!r} is unknown; a newer dexport may read it")
+        make: Any = kind  # a class; is_dataclass is true of instances too, which checkers must mind
+        return make(**{key: _decode(hints[key], item, f"{where}: {key}") for key, item in value.items()})
+    if origin is tuple and isinstance(value, list):
+        return tuple(_decode(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, dict):
+        return {key: _decode(arguments[1], item, f"{where}: {_shown(key)}") for key, item in value.items()}
+    if origin is Literal and value in arguments:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        for option in arguments:
+            if option is type(None) and value is None:
+                return None
+            if isinstance(option, type) and isinstance(value, option) and not isinstance(value, bool):
+                return value
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise DexportError(f"{where}: a whole number of this length does not fit") from error
+    if isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    raise DexportError(f"{where}: {value!r:.60} is not what the format asks for")
+
+
+def _shown(key: str) -> str:
+    """A key that a file chose, so that an error stays one line."""
+    return key if key.isidentifier() and len(key) < 60 else f"{key!r:.60}"

@@ -1,0 +1,231 @@
+"""From prompts to pictures: text, denoising loop, decoder. It knows stages and tensors, no family and no runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache as memoize
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from runtimes import bundle, loop, samplers
+from runtimes.errors import DexportError, Progress, silent
+from runtimes.image import to_images
+from runtimes.manifest import Manifest, Model, Stage
+from runtimes.session import Session, require, run_batched
+from runtimes.target import Target
+from runtimes.tokenizer import PromptTokenizer
+
+Array = NDArray[Any]
+Batching = Literal["batched", "sequential"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to draw. None takes the checkpoint's default. Image i of the whole request uses seed + i."""
+
+    prompts: Sequence[str]
+    negative_prompt: str = ""
+    images: int = 1  # for each prompt
+    steps: int | None = None
+    guidance: float | None = None  # 1 or less: the negative prompt is not used, and a step costs half
+    seed: int = 0
+    sampler: str | None = None
+    size: tuple[int, int] | None = None  # height and width in pixels, where the bundle is of dynamic shape
+    guidance_batch: Batching = "batched"  # with and without prompt in one call, or in two that need less memory
+
+
+@dataclass(frozen=True)
+class Result:
+    """Pictures with the settings that made each, and warnings to show."""
+
+    images: list[Image.Image]
+    settings: list[dict[str, Any]]
+    warnings: list[str] = field(default_factory=list)
+
+
+class Pipeline:
+    """A model whose graphs are opened by ``open_graph(name)`` when they are first needed."""
+
+    def __init__(self, model: Model, folder: Path, open_graph: Callable[[str], Session]) -> None:
+        """Take the model's description, the folder of its tokenizer files, and what opens a graph by its name."""
+        self.model = model
+        self.manifest: Manifest | None = None
+        self._folder = folder
+        self._open = open_graph
+        self._tokenizers = memoize(lambda index: PromptTokenizer(folder, model.tokenizers[index]))
+
+    @classmethod
+    def load(
+        cls, folder: Path | str, *, threads: int | None = None, cache: Path | None = None, check: bool = True
+    ) -> Pipeline:
+        """Open a bundle: check its files (unless ``check`` is off), then leave each graph to its first use.
+
+        ``threads``: for the runtime, None for all cores. ``cache``: a folder for what the runtime compiles at load.
+        """
+        folder = Path(folder)
+        manifest = bundle.load_manifest(folder, check=check)
+        target = Target.parse(manifest.target)
+        backend = require(target.backend)
+        graphs = manifest.model.graphs
+
+        @memoize
+        def open_graph(name: str) -> Session:
+            return backend.open(folder / graphs[name].file, graphs[name], target.device, threads, cache)
+
+        pipeline = cls(manifest.model, folder, open_graph)
+        pipeline.manifest = manifest
+        return pipeline
+
+    def __call__(self, prompt: str | Sequence[str], *, progress: Progress = silent, **settings: Any) -> Result:
+        """Draw; ``settings`` are the fields of ``Request``."""
+        request = Request([prompt] if isinstance(prompt, str) else list(prompt), **settings)
+        for step in self.generate(request):
+            progress(f"step {step.index + 1}/{step.total}", (step.index + 1) / step.total)
+        images = to_images(self.decode(step.sample, request))
+        warnings = []
+        if self.model.tokenizers:
+            for name, prompts in (("prompt", request.prompts), ("negative prompt", [request.negative_prompt])):
+                _, cut = self.tokenize(prompts)
+                warnings += [f"the {name} is longer than the model's context: {w!r} was cut off" for w in cut if w]
+        return Result(images, [self._settings(request, index) for index in range(len(images))], warnings)
+
+    def generate(self, request: Request, noise: Callable[[], Array] | None = None) -> Iterator[loop.Step]:
+        """Yield each step of the loop; the last one's ``sample`` is what ``decode`` takes.
+
+        ``noise``: draws of [B, C, h, w] standard normals, the start first; by default from the request's seeds.
+        """
+        request = self._checked(request)
+        stage = self.model.stages[0]
+        table = samplers.compile_table(stage.scheduler, request.steps or stage.steps, sampler=request.sampler)
+        count = len(request.prompts) * request.images
+        shape = self.sample_shape(request)
+        draw = noise or loop.noise_source([request.seed + index for index in range(count)], shape)
+        start = draw()
+        if start.shape != (count, *shape):
+            raise DexportError(f"the start noise has shape {list(start.shape)}, not {[count, *shape]}")
+        yield from loop.sample(table, start, self._denoiser(stage, request), draw)
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[dict[str, Array], list[str]]:
+        """Return the text graph's inputs, and for each prompt the words that did not fit."""
+        tokens: dict[str, Array] = {}
+        cut = [""] * len(prompts)
+        for index, spec in enumerate(self.model.tokenizers):
+            tokens[spec.input], rest = self._tokenizers(index)(prompts)
+            cut = [old or new for old, new in zip(cut, rest, strict=True)]
+        return tokens, cut
+
+    def encode_text(self, prompts: Sequence[str]) -> dict[str, Array]:
+        """Return the conditioning tensors of the prompts, each with one row a prompt."""
+        stage = self.model.stages[0]
+        return {} if stage.text is None else run_batched(self._open(stage.text), self.tokenize(prompts)[0])
+
+    def decode(self, sample: Array, request: Request | None = None) -> Array:
+        """Turn the loop's last sample into images, float32 [B, 3, H, W] in [0, 1]."""
+        name = self.model.stages[-1].decoder
+        latents = np.ascontiguousarray(sample, np.float32)
+        image = latents if name is None else run_batched(self._open(name), {"sample": latents})["image"]
+        if not np.isfinite(image).all():
+            raise DexportError(
+                "the decoder gave values that are not finite: its precision overflows; build the bundle with "
+                "--precision fp32 or bf16"
+            )
+        return image
+
+    def encode(self, images: Array) -> Array:
+        """Turn images, float [B, 3, H, W] in [0, 1], into samples as the loop takes them."""
+        name = self.model.stages[0].encoder
+        if name is None:
+            raise DexportError("this bundle has no encoder")
+        return run_batched(self._open(name), {"image": np.ascontiguousarray(images, np.float32)})["sample"]
+
+    def sample_shape(self, request: Request) -> tuple[int, ...]:
+        """The shape of one sample [C, h, w] that the request asks for."""
+        stage = self.model.stages[0]
+        if request.size is None:
+            return stage.sample
+        factor, fixed = stage.factor, self._fixed_size(stage)
+        if fixed and fixed != tuple(request.size):
+            raise DexportError(
+                f"this bundle makes images of {fixed[0]}x{fixed[1]} pixels; build one with --dynamic-shape for others"
+            )
+        if any(side <= 0 or side % factor for side in request.size):
+            raise DexportError(f"a size must be a multiple of {factor} pixels; {request.size} is not")
+        return (stage.sample[0], request.size[0] // factor, request.size[1] // factor)
+
+    def _fixed_size(self, stage: Stage) -> tuple[int, int] | None:
+        sample = next(t for t in self.model.graphs[stage.denoiser].inputs if t.name == "sample")
+        if any(isinstance(side, str) for side in sample.shape[2:]):
+            return None
+        return stage.sample[1] * stage.factor, stage.sample[2] * stage.factor
+
+    def _checked(self, request: Request) -> Request:
+        if not request.prompts:
+            raise DexportError("no prompt given")
+        if request.images < 1:
+            raise DexportError(f"images must be 1 or more, not {request.images}")
+        if request.steps is not None and request.steps < 1:
+            raise DexportError(f"steps must be 1 or more, not {request.steps}")
+        if request.seed < 0:
+            raise DexportError(f"a seed must be 0 or more, not {request.seed}")
+        if request.guidance is not None and not np.isfinite(request.guidance):
+            raise DexportError(f"guidance must be a finite number, not {request.guidance}")
+        if request.guidance_batch not in ("batched", "sequential"):
+            raise DexportError(f"guidance_batch is 'batched' or 'sequential', not {request.guidance_batch!r}")
+        return request
+
+    def _denoiser(self, stage: Stage, request: Request) -> Callable[[Array, float, samplers.Row], Array]:
+        """The model as the loop calls it: with the prompt's conditioning, and guided where guidance is on."""
+        scale = stage.guidance.scale if request.guidance is None else request.guidance
+        guided = stage.guidance.kind == "cfg" and scale > 1
+        with_prompt = self._conditioning(stage, request.prompts, request.images)
+        count = len(request.prompts) * request.images
+        if guided:
+            without = self._conditioning(stage, [request.negative_prompt], count)
+            both = {name: np.concatenate([without[name], with_prompt[name]]) for name in with_prompt}
+        session = self._open(stage.denoiser)  # after the text graph, which may be closed by now
+
+        def call(sample: Array, t: float, conditioning: Mapping[str, Array]) -> Array:
+            timestep = np.full(len(sample), t, np.float32)
+            return run_batched(session, {"sample": sample, "timestep": timestep, **conditioning})["output"]
+
+        def model(sample: Array, t: float, row: samplers.Row) -> Array:
+            if not guided:
+                return call(sample, t, with_prompt)
+            if request.guidance_batch == "batched":
+                without_out, with_out = np.split(call(np.concatenate([sample, sample]), t, both), 2)
+            else:
+                without_out, with_out = call(sample, t, without), call(sample, t, with_prompt)
+            # In float64: with a large scale the difference of two near outputs would lose digits.
+            base = without_out.astype(np.float64)
+            return base + scale * (with_out - base)
+
+        return model
+
+    def _conditioning(self, stage: Stage, prompts: Sequence[str], repeat: int) -> dict[str, Array]:
+        """Conditioning for the denoiser: each prompt's row ``repeat`` times, and the stage's constant inputs."""
+        rows = {name: np.repeat(value, repeat, axis=0) for name, value in self.encode_text(prompts).items()}
+        for tensor in self.model.graphs[stage.denoiser].inputs:
+            if tensor.name in stage.inputs:
+                value = np.asarray(stage.inputs[tensor.name], tensor.dtype)
+                rows[tensor.name] = np.repeat(value[None], len(prompts) * repeat, axis=0)
+        return rows
+
+    def _settings(self, request: Request, index: int) -> dict[str, Any]:
+        """What makes picture ``index`` again, for its metadata."""
+        stage = self.model.stages[0]
+        settings: dict[str, Any] = {
+            "prompt": request.prompts[index // request.images],
+            "negative_prompt": request.negative_prompt,
+            "seed": request.seed + index,
+            "steps": request.steps or stage.steps,
+            "guidance": stage.guidance.scale if request.guidance is None else request.guidance,
+            "sampler": request.sampler or stage.scheduler["_class_name"],
+        }
+        if self.manifest is not None:
+            settings |= {"target": self.manifest.target, "precision": self.manifest.precision}
+        return settings

@@ -1,0 +1,107 @@
+"""The table form of a sampler: one row of scalars for each call of the model, and the algebra that solvers write.
+
+Every row says how the loop's registers change. X is the sample, S a saved sample, H0 .. H3 a history (H0 the newest),
+M the model's output and Z fresh noise::
+
+    M  = model(scale X, t)
+    H0 = clip(h_x X + h_m M)         left as it was where h_x = h_m = 0
+    X' = x_x X + x_s S + x_m M + sum x_h[j] H_j + x_z Z
+    S' = s_x X + s_s S + s_m M + sum s_h[j] H_j + s_z Z
+    then, where ``shift`` is set, H3 = H2, H2 = H1, H1 = H0
+
+A solver writes none of these scalars. It composes the registers below by + - * /, as its paper does, and ``row`` reads
+the scalars off.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+HISTORY = 4
+
+
+@dataclass(frozen=True)
+class Row:
+    """One call of the model and what follows it; ``clip`` is the largest magnitude that H0 keeps (inf: any)."""
+
+    t: float
+    scale: float
+    h_x: float
+    h_m: float
+    clip: float
+    x_x: float
+    x_s: float
+    x_m: float
+    x_h: tuple[float, ...]
+    x_z: float
+    s_x: float
+    s_s: float
+    s_m: float
+    s_h: tuple[float, ...]
+    s_z: float
+    shift: bool
+
+
+@dataclass(frozen=True)
+class Table:
+    """A compiled sampler; its loop starts from X = init_scale * (noise of unit variance)."""
+
+    rows: tuple[Row, ...]
+    init_scale: float
+
+
+class Form:
+    """A linear combination of registers; ``+ - * /`` give new ones."""
+
+    __array_ufunc__ = None  # so that numpy's scalars leave ``scalar * form`` to this class
+
+    def __init__(self, weights: tuple[float, ...]) -> None:
+        self.weights = weights  # of X, S, M, H0 .. H3, Z
+
+    def __add__(self, other: Form) -> Form:
+        return Form(tuple(a + b for a, b in zip(self.weights, other.weights, strict=True)))
+
+    def __sub__(self, other: Form) -> Form:
+        return self + -1.0 * other
+
+    def __rmul__(self, factor: float) -> Form:
+        return Form(tuple(float(factor) * a for a in self.weights))
+
+    def __truediv__(self, divisor: float) -> Form:
+        return Form(tuple(a / float(divisor) for a in self.weights))
+
+
+def _registers() -> list[Form]:
+    return [Form(tuple(line)) for line in np.eye(3 + HISTORY + 1).tolist()]
+
+
+X, S, M, H0, H1, H2, H3, Z = _registers()
+NOTHING = 0.0 * X
+
+
+def row(
+    t: float,
+    x: Form,
+    *,
+    scale: float = 1.0,
+    h: Form = NOTHING,
+    clip: float = math.inf,
+    s: Form = S,
+    shift: bool = False,
+) -> Row:
+    """Write a row: X' = x, H0 = clip(h), S' = s (kept by default), the model called at ``t`` with scale * X.
+
+    ``h`` may hold only X and M, since it is computed before all else.
+    """
+    if any(h.weights[1:2] + h.weights[3:]):
+        raise ValueError("H0 can be made of X and M only")
+    h_x, _, h_m, *_ = h.weights
+    x_x, x_s, x_m, *x_h, x_z = x.weights
+    s_x, s_s, s_m, *s_h, s_z = s.weights
+    return Row(
+        float(t), float(scale), h_x, h_m, float(clip),
+        x_x, x_s, x_m, tuple(x_h), x_z, s_x, s_s, s_m, tuple(s_h), s_z, shift,
+    )  # fmt: skip

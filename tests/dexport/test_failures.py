@@ -1,0 +1,245 @@
+"""What goes wrong, each ending as one line that says what to do, the right exit code, and nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.dexport.conftest import Said, Say, Workshop
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def refused(said: Said, *parts: str, code: int = 2) -> None:
+    """Assert one line of error with ``parts`` in it, nothing on stdout, and the exit code."""
+    assert said.code == code, (said.out, said.err)
+    assert said.out == ""
+    lines = [line for line in said.err.splitlines() if line]
+    assert len(lines) == 1, said.err
+    assert lines[0].startswith("error: ")
+    for part in parts:
+        assert part in lines[0]
+
+
+def build(say: Say, checkpoint: Path, output: Path) -> Said:
+    """Build for ONNX Runtime; then assert that nothing was left beside the checkpoint's copy."""
+    said = say("build", checkpoint, "--target", "onnxruntime", "-o", output, "--no-cache", "--json")
+    assert not output.exists()
+    assert not [path for path in output.parent.iterdir() if path.name.startswith(".")]
+    return said
+
+
+# Wrong words
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["nothing"], "No such command"),
+        (["build", "here", "-o", "there"], "--target"),
+        (["build", "here", "--target", "onnxruntime"], "--output"),
+        (["build", "here", "-o", "there", "--target", "abacus"], "onnxruntime, openvino, tensorrt"),
+        (["build", "here", "-o", "there", "--target", "openvino:tpu"], "cpu, gpu, npu"),
+        (["build", "here", "-o", "there", "--target", "openvino", "--shape", "big"], "512x512"),
+        (["build", "here", "-o", "there", "--target", "openvino", "--shape", "0x8"], "512x512"),
+        (["build", "x", "-o", "y", "--target", "openvino", "--shape", "8x8", "--dynamic-shape"], "--dynamic-shape"),
+        (["build", "x", "-o", "y", "--target", "openvino", "--cache", "z", "--no-cache"], "--no-cache"),
+        (["export", "x", "-o", "y", "--shape", "8x8", "--dynamic-shape"], "--dynamic-shape"),
+        (["run", "bundle"], "--prompt"),
+        (["run", "bundle", "--prompt", "x", "-o", "picture.jpg"], ".png"),
+        (["run", "bundle", "--prompt", "x", "--steps", "0"], "--steps"),
+        (["bench", "bundle", "--repeats", "none"], "--repeats"),
+        (["completion", "dos"], "bash"),
+    ],
+)
+def test_wrong_words(say: Say, words: list[str], part: str) -> None:
+    refused(say(*words), part, "--help")
+
+
+def test_no_words_at_all_show_the_help(say: Say) -> None:
+    said = say()
+    assert said.code == 2
+    assert "Commands:" in said.err
+
+
+# A checkpoint that is none
+
+
+@pytest.mark.parametrize("command", ["export", "build", "inspect"])
+def test_no_such_folder(say: Say, tmp_path: Path, command: str) -> None:
+    more = {
+        "export": ["-o", tmp_path / "out"],
+        "build": ["-o", tmp_path / "out", "--target", "onnxruntime"],
+        "inspect": [],
+    }
+    refused(say(command, tmp_path / "nowhere", *more[command]), "nowhere", "no such folder")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_no_checkpoint(say: Say, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    refused(build(say, tmp_path / "photos", tmp_path / "out"), "photos", "model_index.json")
+    refused(say("inspect", tmp_path / "photos"), "model_index.json")
+
+
+def test_an_unsupported_pipeline(say: Say, copy_checkpoint: Callable[[], Path], tmp_path: Path) -> None:
+    checkpoint = copy_checkpoint()
+    index = checkpoint / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "AudioLDM2Pipeline"}))
+    refused(build(say, checkpoint, tmp_path / "out"), "AudioLDM2Pipeline", "StableDiffusionPipeline")
+
+
+def test_a_pickle(say: Say, copy_checkpoint: Callable[[], Path], tmp_path: Path) -> None:
+    checkpoint = copy_checkpoint()
+    weights = checkpoint / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    refused(build(say, checkpoint, tmp_path / "out"), ".bin", "pickle", "convert", "safetensors")
+    (tmp_path / "model.ckpt").write_bytes(b"\x80\x02}q\x00.")
+    refused(build(say, tmp_path / "model.ckpt", tmp_path / "out"), "model.ckpt", "pickle", "convert", "safetensors")
+
+
+def test_truncated_weights(say: Say, copy_checkpoint: Callable[[], Path], tmp_path: Path) -> None:
+    checkpoint = copy_checkpoint()
+    weights = checkpoint / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    said = build(say, checkpoint, tmp_path / "out")
+    refused(said, str(weights), "cut short", "tensor")
+
+
+def test_weights_with_nan(say: Say, copy_checkpoint: Callable[[], Path], tmp_path: Path) -> None:
+    from runtimes.safetensors import read_header
+
+    checkpoint = copy_checkpoint()
+    weights = checkpoint / "vae" / "diffusion_pytorch_model.safetensors"
+    name, entry = sorted(read_header(weights).items())[3]
+    assert entry.dtype == "F16"
+    with weights.open("r+b") as stream:
+        stream.seek(entry.offset)
+        stream.write((0x7E00).to_bytes(2, "little"))  # a NaN in half precision
+    refused(build(say, checkpoint, tmp_path / "out"), repr(name), "NaN")
+
+
+# A bundle that is not as built
+
+
+@pytest.mark.parametrize("words", [["verify"], ["bench"], ["run", "--prompt", "red"]])
+@pytest.mark.parametrize("damage", ["flipped", "missing", "extra", "link"])
+def test_a_changed_bundle(say: Say, copy_bundle: Path, tmp_path: Path, words: list[str], damage: str) -> None:
+    victim = next(copy_bundle.glob("denoiser/*.onnx"))
+    if damage == "flipped":
+        data = bytearray(victim.read_bytes())
+        data[len(data) // 2] ^= 1
+        victim.write_bytes(data)
+    elif damage == "missing":
+        victim.unlink()
+    elif damage == "extra":
+        victim = copy_bundle / "denoiser" / "extra.onnx"
+        victim.write_bytes(b"")
+    else:
+        victim.rename(tmp_path / "elsewhere")
+        victim.symlink_to(tmp_path / "elsewhere")
+    where = ["-o", tmp_path / "image.png"] if words[0] == "run" else []
+    refused(say(words[0], copy_bundle, *words[1:], *where), str(victim.relative_to(copy_bundle)))
+    assert not (tmp_path / "image.png").exists()
+
+
+def test_a_folder_that_is_no_bundle(say: Say, tmp_path: Path) -> None:
+    refused(say("verify", tmp_path / "nowhere"), "no such folder")
+    refused(say("verify", tmp_path), "dexport.json", "dexport build")
+
+
+# Outputs and runtimes
+
+
+def test_an_output_that_exists_is_kept(say: Say, workshop: Workshop, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("mine")
+    words = ("build", workshop.checkpoint, "--target", "onnxruntime", "-o")
+    refused(say(*words, tmp_path / "thesis", "--overwrite"), "thesis", "dexport did not make")
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "mine"
+    refused(say(*words, workshop.bundle), "--overwrite")
+
+
+def test_an_unsupported_precision_says_why(say: Say, workshop: Workshop, tmp_path: Path) -> None:
+    words = ("build", workshop.checkpoint, "--target", "onnxruntime", "--precision", "bf16", "-o", tmp_path / "out")
+    refused(say(*words), "bf16", "fp32")
+
+
+def test_a_missing_runtime_says_which_extra(say_fresh: Say, workshop: Workshop, tmp_path: Path) -> None:
+    block = "import sys; sys.modules['onnxruntime'] = None"
+    extra = "pip install 'dexport[onnxruntime]'"
+    refused(say_fresh("verify", workshop.bundle, first=block), extra)
+    refused(say_fresh("run", workshop.bundle, "--prompt", "x", "-o", tmp_path / "x.png", first=block), extra)
+
+
+def test_a_missing_exporter_says_which_extra(say_fresh: Say, workshop: Workshop, tmp_path: Path) -> None:
+    words = ("build", workshop.checkpoint, "--target", "onnxruntime", "-o", tmp_path / "out")
+    refused(say_fresh(*words, first="import sys; sys.modules['torch'] = None"), "pip install 'dexport[export]'")
+
+
+def test_a_missing_tokenizer_package_says_which_extra(say_fresh: Say, workshop: Workshop, tmp_path: Path) -> None:
+    words = ("run", workshop.bundle, "--prompt", "x", "-o", tmp_path / "x.png")
+    refused(say_fresh(*words, first="import sys; sys.modules['tokenizers'] = None"), "pip install 'dexport[text]'")
+
+
+FULL = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))"
+"""A process whose files cannot grow past a limit: what a writer sees is the same as on a full disk, an OSError."""
+
+
+def test_a_full_disk_leaves_nothing(say_fresh: Say, workshop: Workshop, tmp_path: Path) -> None:
+    words = ("build", workshop.checkpoint, "--target", "onnxruntime", "-o", tmp_path / "new" / "out", "--no-cache")
+    refused(say_fresh(*words, first=FULL.format(limit=300_000)), "disk is full")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_no_picture(say_fresh: Say, workshop: Workshop, tmp_path: Path) -> None:
+    words = ("run", workshop.bundle, "--prompt", "red", "--steps", 1, "-o", tmp_path / "image.png")
+    refused(say_fresh(*words, first=FULL.format(limit=1000)), "image.png")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("moment", [".dexport-*/.hub.*", ".out.*"], ids=["while exporting", "while compiling"])
+def test_ctrl_c_leaves_nothing(workshop: Workshop, tmp_path: Path, moment: str) -> None:
+    """A real process and a real SIGINT, sent when the work has come to a certain file."""
+    words = ["build", workshop.checkpoint, "--target", "onnxruntime", "-o", tmp_path / "out", "--no-cache"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dexport", *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # A job in the background of a shell has SIGINT ignored, and so would its children.
+        text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 600
+        while not list(tmp_path.glob(moment)):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130, err
+    assert (out, err.strip()) == ("", "error: interrupted")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_reader_that_leaves_is_no_error(workshop: Workshop) -> None:
+    line = f"{sys.executable} -m dexport inspect {workshop.hub} --json | head -c 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run([shutil.which("bash") or "sh", "-c", line], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode in (0, -signal.SIGPIPE)
+    assert done.stderr == ""
+
+
+def test_no_error_ever_prints_a_path_of_the_source(say: Say, tmp_path: Path) -> None:
+    said = say("verify", tmp_path)
+    assert not re.search(r"\.py\b|Traceback", said.err)

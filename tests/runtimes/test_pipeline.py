@@ -1,0 +1,188 @@
+"""The pipeline around graphs whose answers are known in closed form: guidance, batches, seeds, sizes, errors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+
+from runtimes.errors import DexportError
+from runtimes.manifest import Graph, Guidance, Model, Stage, Tensor, Tokenizer
+from runtimes.pipeline import Pipeline, Request
+from runtimes.session import run_batched
+
+SCHEDULER = {
+    "_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
+    "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1,
+}  # fmt: skip
+WORDS = ["<s>", "</s>", "red", "green", "apple", "on", "a", "table"]
+
+
+class Text:
+    """Each prompt's mean token, so that a prompt steers by its words."""
+
+    max_batch = None
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return {"hidden": inputs["tokens"].mean(axis=1, keepdims=True).astype(np.float32)}
+
+
+class Denoiser:
+    """eps = 0.1 sample + 0.01 hidden + bias; counts calls and remembers batches."""
+
+    max_batch: int | None = None
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+        self.bias = 0.0
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        self.batches.append(len(inputs["sample"]))
+        assert inputs["sample"].dtype == inputs["timestep"].dtype == np.float32
+        return {"output": 0.1 * inputs["sample"] + 0.01 * inputs["hidden"][:, :, None, None] + self.bias}
+
+
+class Decoder:
+    max_batch = None
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return {"image": np.repeat(np.repeat(inputs["sample"][:, :3], 4, 2), 4, 3) / 8 + 0.5}
+
+
+@pytest.fixture
+def denoiser() -> Denoiser:
+    return Denoiser()
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path, denoiser: Denoiser) -> Pipeline:
+    vocab = {word: index for index, word in enumerate(WORDS)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="a"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        "<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    sample = Tensor("sample", "float32", ("batch", 4, 8, 8))
+    hidden = Tensor("hidden", "float32", ("batch", 1))
+    image = Tensor("image", "float32", ("batch", 3, 32, 32))
+    tokens = Tensor("tokens", "int64", ("batch", 6))
+    timestep = Tensor("timestep", "float32", ("batch",))
+    graphs = {
+        "text": Graph("text", "t", (tokens,), (hidden,)),
+        "denoiser": Graph("denoiser", "d", (sample, timestep, hidden), (replace(sample, name="output"),)),
+        "decoder": Graph("decoder", "c", (sample,), (image,)),
+    }
+    guidance = Guidance("cfg", 5.0)
+    stage = Stage("base", "denoiser", "text", "decoder", None, (4, 8, 8), 4, SCHEDULER, guidance, 10)
+    model = Model("any", "Any", graphs, (Tokenizer("tokenizer.json", "tokens", 6, 1),), (stage,), ())
+    sessions: dict[str, Any] = {"text": Text(), "denoiser": denoiser, "decoder": Decoder()}
+    return Pipeline(model, tmp_path, sessions.__getitem__)
+
+
+def last(pipeline: Pipeline, request: Request) -> Any:
+    *_, step = pipeline.generate(request)
+    return step.sample
+
+
+def test_batched_and_sequential_guidance_agree(pipeline: Pipeline, denoiser: Denoiser) -> None:
+    request = Request(["red apple", "green table"], negative_prompt="on a table", images=2, seed=3)
+    one = last(pipeline, request)
+    assert denoiser.batches == [8] * 10
+    denoiser.batches.clear()
+    other = last(pipeline, replace(request, guidance_batch="sequential"))
+    assert denoiser.batches == [4] * 20
+    np.testing.assert_allclose(one, other, rtol=1e-12)
+
+
+def test_guidance_is_the_formula(pipeline: Pipeline) -> None:
+    """The model is linear in the conditioning: guidance g is the model with conditioning u + g (c - u)."""
+    request = Request(["red apple"], negative_prompt="a table", guidance=3.0)
+    tokens = pipeline.tokenize(["red apple", "a table"])[0]["tokens"]
+    c, u = tokens.mean(axis=1)
+    with_guidance = next(pipeline.generate(request))
+    mixed = u + 3.0 * (c - u)
+    from runtimes.loop import noise_source
+
+    start = noise_source([0], (4, 8, 8))()
+    np.testing.assert_allclose(with_guidance.output, 0.1 * start + 0.01 * mixed, rtol=1e-5, atol=1e-6)
+
+
+def test_without_guidance_a_step_costs_one_call_of_one_row(pipeline: Pipeline, denoiser: Denoiser) -> None:
+    last(pipeline, Request(["red"], guidance=1.0, steps=5))
+    assert denoiser.batches == [1] * 5
+
+
+def test_a_picture_does_not_depend_on_its_batch(pipeline: Pipeline, denoiser: Denoiser) -> None:
+    together = last(pipeline, Request(["red apple"], images=3, seed=7))
+    for index in range(3):
+        alone = last(pipeline, Request(["red apple"], seed=7 + index))
+        np.testing.assert_allclose(together[index : index + 1], alone, rtol=1e-12)
+    denoiser.max_batch = 2
+    denoiser.batches.clear()
+    pieces = last(pipeline, Request(["red apple"], images=3, seed=7))
+    assert denoiser.batches[:3] == [2, 2, 2]
+    np.testing.assert_allclose(together, pieces, rtol=1e-12)
+
+
+def test_pieces_of_an_odd_batch(denoiser: Denoiser) -> None:
+    denoiser.max_batch = 2
+    sample = np.random.default_rng(0).standard_normal((5, 4, 2, 2)).astype(np.float32)
+    inputs = {"sample": sample, "timestep": np.ones(5, np.float32), "hidden": np.arange(5, dtype=np.float32)[:, None]}
+    pieces = run_batched(denoiser, inputs)["output"]
+    assert denoiser.batches == [2, 2, 1]
+    np.testing.assert_array_equal(pieces, denoiser.run(inputs)["output"])
+
+
+def test_a_long_prompt_is_cut_with_a_warning_that_shows_what_was_cut(pipeline: Pipeline) -> None:
+    result = pipeline("red apple on a green table", steps=1)
+    assert len(result.warnings) == 1
+    assert "'green table' was cut off" in result.warnings[0]
+    ids = pipeline.tokenize(["red apple on a green table", "red"])[0]["tokens"]
+    assert ids.tolist() == [[0, 2, 4, 5, 6, 1], [0, 2, 1, 1, 1, 1]]
+    assert pipeline("red", negative_prompt="a a a a a red", steps=1).warnings == [
+        "the negative prompt is longer than the model's context: 'a red' was cut off"
+    ]
+    assert pipeline("red apple", steps=1).warnings == []
+
+
+def test_each_picture_has_the_settings_that_make_it_again(pipeline: Pipeline) -> None:
+    result = pipeline(["red apple", "green apple"], images=2, seed=5, steps=3)
+    assert [(s["prompt"], s["seed"]) for s in result.settings] == [
+        ("red apple", 5), ("red apple", 6), ("green apple", 7), ("green apple", 8),
+    ]  # fmt: skip
+    assert all(s["steps"] == 3 and s["guidance"] == 5.0 and s["sampler"] == "DDIMScheduler" for s in result.settings)
+    again = pipeline("green apple", seed=8, steps=3)
+    assert again.images[0].tobytes() == result.images[3].tobytes()
+
+
+def test_an_overflow_is_an_error_and_no_black_picture(pipeline: Pipeline, denoiser: Denoiser) -> None:
+    denoiser.bias = float("nan")
+    with pytest.raises(DexportError, match="output at timestep 901 holds NaN"):
+        pipeline("red")
+    with pytest.raises(DexportError, match="decoder gave values that are not finite"):
+        pipeline.decode(np.full((1, 4, 8, 8), np.inf))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompts": []}, "no prompt"),
+        ({"images": 0}, "images must be 1 or more"),
+        ({"steps": 0}, "steps must be 1 or more"),
+        ({"seed": -1}, "seed must be 0 or more"),
+        ({"guidance": float("inf")}, "finite"),
+        ({"guidance_batch": "both"}, "'batched' or 'sequential'"),
+        ({"size": (64, 64)}, "makes images of 32x32 pixels"),
+        ({"sampler": "magic"}, "no sampler 'magic'"),
+    ],
+)
+def test_wrong_requests_are_one_clear_line(pipeline: Pipeline, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(DexportError, match=message) as error:
+        last(pipeline, Request(**{"prompts": ["red"], **settings}))
+    assert "\n" not in str(error.value)

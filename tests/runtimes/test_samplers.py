@@ -1,0 +1,519 @@
+"""Every sampler's table against diffusers: the whole linear map, step by step.
+
+A sampler is linear in its start, in each output of the model and in each draw of noise. So diffusers' scheduler is run
+once on unit vectors: element 0 of the sample is the start's coefficient, element 1 + k that of the k-th output, and
+the rest those of the noise. The same unit vectors go through our table and our loop.
+
+Two oracles. diffusers as it is rounds its coefficients, and for some samplers the sample, to float32. And diffusers'
+own code made to compute in float64 (its tables widened after they are made, its casts to float32 left out): there the
+maps must agree to 1e-10.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import inspect
+import itertools
+import json
+import math
+import sys
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
+
+from runtimes import loop, schedule
+from runtimes.errors import DexportError
+from runtimes.samplers import SAMPLERS, OneOf, Table, compile_table
+from runtimes.table import H0, H1, S, X, Z, row
+
+# torch's arrays and numpy's newest differ on this inside of diffusers.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+
+STEPS = (1, 2, 3, 5, 10, 20, 50)
+SPACINGS = ("leading", "linspace", "trailing")
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+LATENT = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}  # SD 1.5's
+COSINE = {"beta_schedule": "squaredcos_cap_v2"}
+OWN = {"trained_betas": np.linspace(0.001, 0.03, 400).tolist(), "num_train_timesteps": 400}
+ZERO_SNR = {**LATENT, "rescale_betas_zero_snr": True}
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {**LATENT, "clip_sample": False, "set_alpha_to_one": False}),
+    "ddim-linear": ("DDIMScheduler", {"clip_sample": False}),
+    "ddim-noise": ("DDIMScheduler", {**LATENT, "clip_sample": False, "eta": 0.7}),
+    "ddim-ancestral": ("DDIMScheduler", {**OWN, "clip_sample": False, "eta": 1.0}),
+    "ddim-zero-snr": ("DDIMScheduler", {**ZERO_SNR, "clip_sample": False}),
+    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
+    "ddpm-latent": ("DDPMScheduler", {**LATENT, "clip_sample": False, "variance_type": "fixed_small_log"}),
+    "ddpm-large": ("DDPMScheduler", {**COSINE, "clip_sample": False, "variance_type": "fixed_large"}),
+    "ddpm-zero-snr": ("DDPMScheduler", {**ZERO_SNR, "clip_sample": False}),
+    "pndm": ("PNDMScheduler", {**LATENT, "skip_prk_steps": True}),
+    "pndm-linear": ("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": True}),
+    "euler": ("EulerDiscreteScheduler", LATENT),
+    "euler-karras": ("EulerDiscreteScheduler", {**LATENT, "use_karras_sigmas": True}),
+    "euler-karras-range": ("EulerDiscreteScheduler", {"use_karras_sigmas": True, "sigma_min": 0.1, "sigma_max": 9.0}),
+    "euler-sigma-min": ("EulerDiscreteScheduler", {**COSINE, "final_sigmas_type": "sigma_min"}),
+    "euler-zero-snr": ("EulerDiscreteScheduler", ZERO_SNR),
+    "euler-ancestral": ("EulerAncestralDiscreteScheduler", LATENT),
+    "euler-ancestral-zero-snr": ("EulerAncestralDiscreteScheduler", ZERO_SNR),
+    "dpmpp": ("DPMSolverMultistepScheduler", LATENT),
+    "dpmpp-heun": ("DPMSolverMultistepScheduler", {**OWN, "solver_type": "heun"}),
+    "dpmpp-first-order": ("DPMSolverMultistepScheduler", {**LATENT, "solver_order": 1}),
+    "dpmpp-karras": ("DPMSolverMultistepScheduler", {**LATENT, "use_karras_sigmas": True}),
+    "dpmpp-karras-cosine": ("DPMSolverMultistepScheduler", {**COSINE, "use_karras_sigmas": True}),
+    "dpmpp-sigma-min": (
+        "DPMSolverMultistepScheduler",
+        {"final_sigmas_type": "sigma_min", "lower_order_final": False, "solver_type": "bh2"},
+    ),
+    "dpmpp-karras-sigma-min": (
+        "DPMSolverMultistepScheduler",
+        {**LATENT, "use_karras_sigmas": True, "final_sigmas_type": "sigma_min", "lower_order_final": False},
+    ),
+    "dpmpp-euler-at-final": (
+        "DPMSolverMultistepScheduler",
+        {**LATENT, "final_sigmas_type": "sigma_min", "euler_at_final": True},
+    ),
+    "dpmpp-lambda-clipped": ("DPMSolverMultistepScheduler", {**COSINE, "lambda_min_clipped": -5.1}),
+    "dpmpp-zero-snr": ("DPMSolverMultistepScheduler", ZERO_SNR),
+}
+
+
+# diffusers as it is against our table. 1e-5: its coefficients come from float32 differences such as 1 - alpha_bar and
+# lambda_t - lambda_s. More where
+LIMITS = {
+    "ddpm-large": 1e-4,  # its beta is 1 - a / b in float32
+    "dpmpp-zero-snr": 1e-4,  # its rescaling to zero SNR is in float32
+    # in float32 its x + (x - x_0) / sigma * (sigma' - sigma) cancels all but sigma' / sigma of x; sigma is above 4,000
+    "euler-sigma-min": 1e-3,
+    "euler-zero-snr": 1e-3,
+    "euler-ancestral-zero-snr": 1e-3,
+}
+# Likewise for timesteps, which are equal otherwise.
+TIME_LIMITS = {
+    "euler-karras": 1e-3,  # interpolated in float32
+    "euler-karras-range": 1e-3,
+    "dpmpp-karras-cosine": 1.0,  # interpolated in float32, then cut to whole numbers: 998.99999 becomes 998
+}
+DOUBLE_LIMIT = 1e-10  # with diffusers' code in float64; the same cancellation leaves 1e-12 there
+
+
+class Float64(TorchFunctionMode):
+    """Leaves out the casts to float32 in the code that it surrounds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.to and torch.float32 in args:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+@dataclasses.dataclass(frozen=True)
+class Map:
+    """What a sampler makes of unit vectors: timesteps [R], the model's inputs and the samples after it [R, 1 + 2R]."""
+
+    times: np.ndarray
+    inputs: np.ndarray
+    samples: np.ndarray
+
+    def differs(self, other: Map, limit: float, time_limit: float = 0.0) -> str:
+        """Say where ``other`` is not this map: a relative error above ``limit`` at any step; "" where it is."""
+        if self.times.shape != other.times.shape or (np.abs(self.times - other.times) > time_limit).any():
+            return f"timesteps {self.times} and {other.times}"
+        # What our loop gives to the model is float32.
+        for name, bound in (("inputs", max(limit, 2e-7)), ("samples", limit)):
+            mine, its = getattr(self, name), getattr(other, name)
+            error = np.abs(mine - its).max(axis=1) / np.abs(mine).max(axis=1)
+            if not (error <= bound).all():
+                return f"{name}: relative errors {error}"
+        return ""
+
+
+def units(rows: int) -> np.ndarray:
+    return np.eye(1 + 2 * rows)[:, None, :, None, None]  # [1 + 2R unit vectors, B = 1, C = 1 + 2R, 1, 1]
+
+
+@contextlib.contextmanager
+def diffusers_noise(scheduler: Any, draw: Any) -> Iterator[None]:
+    """Let the scheduler take its noise from ``draw()``."""
+    module = sys.modules[type(scheduler).__module__]
+    with mock.patch.object(module, "randn_tensor", lambda shape, **_: torch.from_numpy(draw()), create=True):
+        yield
+
+
+@functools.lru_cache(maxsize=8)
+def made(kind: Any, config: str) -> Any:
+    """One scheduler for all numbers of steps: making it takes longer than running it."""
+    return kind.from_config(json.loads(config))
+
+
+def diffusers_scheduler(kind: Any, config: dict[str, Any], steps: int, timesteps: Any, double: bool) -> Any:
+    """diffusers' scheduler of class ``kind``, made from ``config``, at its first step."""
+    scheduler = copy.copy(made(kind, json.dumps(config)))
+    if double:
+        scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+        if config.get("rescale_betas_zero_snr"):
+            alphas = 1 - made(kind, json.dumps({**config, "rescale_betas_zero_snr": False})).betas
+            betas = rescale_zero_terminal_snr(1 - alphas.double())
+            last = scheduler.alphas_cumprod[-1]  # not 0 in classes that divide by it
+            scheduler.alphas_cumprod = torch.cat([torch.cumprod(1 - betas, 0)[:-1], last[None]])
+    scheduler.set_timesteps(**({"num_inference_steps": steps} if timesteps is None else {"timesteps": timesteps}))
+    if double:
+        for name in ("final_alpha_cumprod", "one", "sigmas"):
+            if hasattr(scheduler, name):
+                setattr(scheduler, name, getattr(scheduler, name).double())
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)
+    return scheduler
+
+
+def diffusers_map(
+    config: dict[str, Any], steps: int, *, double: bool, timesteps: Any = None, kind: str | None = None
+) -> Map:
+    """What diffusers makes of the unit vectors; ``kind``: another class than the config's."""
+    extra = {"eta": config["eta"]} if "eta" in config else {}
+    known = {key: value for key, value in config.items() if key != "eta"}
+    scheduler = diffusers_scheduler(getattr(diffusers, kind or config["_class_name"]), known, steps, timesteps, double)
+    rows = len(scheduler.timesteps)
+    unit = units(rows)
+    inputs, samples = [], []
+    sample = torch.from_numpy(unit[0]) * scheduler.init_noise_sigma
+    with Float64() if double else contextlib.nullcontext():
+        for index, t in enumerate(scheduler.timesteps):
+            inputs.append(scheduler.scale_model_input(sample, t).flatten())
+            with diffusers_noise(scheduler, lambda index=index: unit[1 + rows + index]):
+                sample = scheduler.step(torch.from_numpy(unit[1 + index]), t, sample, **extra).prev_sample
+            samples.append(sample.flatten())
+    return Map(scheduler.timesteps.double().numpy(), torch.stack(inputs).numpy(), torch.stack(samples).numpy())
+
+
+def table_map(table: Table) -> Map:
+    """What our loop makes of them."""
+    unit = units(len(table.rows))
+    inputs, samples = [], []
+
+    def model(sample: np.ndarray, t: float, row: object) -> np.ndarray:
+        inputs.append(sample.flatten())
+        return unit[len(inputs)]
+
+    def noise() -> np.ndarray:
+        return unit[len(table.rows) + len(inputs)]
+
+    for step in loop.sample(table, unit[0], model, noise):
+        samples.append(step.sample.flatten())
+    return Map(np.array([row.t for row in table.rows]), np.stack(inputs), np.stack(samples))
+
+
+def undefined(case: str, prediction: str) -> bool:
+    """Whether diffusers has no such prediction for the class, or x_0 is undefined at zero SNR."""
+    kind = CASES[case][0]
+    if prediction == "sample":
+        return kind in ("PNDMScheduler", "EulerAncestralDiscreteScheduler")
+    return prediction == "epsilon" and case in ("ddim-zero-snr", "ddpm-zero-snr")
+
+
+@pytest.mark.parametrize(
+    ("case", "prediction"),
+    [pair for pair in itertools.product(CASES, PREDICTIONS) if not undefined(*pair)],
+)
+def test_map_is_that_of_diffusers(case: str, prediction: str) -> None:
+    kind, options = CASES[case]
+    for spacing, steps in itertools.product(SPACINGS, STEPS):
+        config = {"_class_name": kind, **options, "prediction_type": prediction, "timestep_spacing": spacing}
+        ours = table_map(compile_table(config, steps))
+        exact = diffusers_map(config, steps, double=True).differs(ours, DOUBLE_LIMIT)
+        assert not exact, f"{spacing}, {steps} steps, in float64: {exact}"
+        limits = LIMITS.get(case, 1e-5), TIME_LIMITS.get(case, 0.0)
+        rounded = diffusers_map(config, steps, double=False).differs(ours, *limits)
+        assert not rounded, f"{spacing}, {steps} steps: {rounded}"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from([sampler.scheduler for sampler in SAMPLERS.values()]),
+    prediction=st.sampled_from(["epsilon", "v_prediction"]),
+    spacing=st.sampled_from(SPACINGS),
+    schedule_name=st.sampled_from(["linear", "scaled_linear"]),
+    total=st.integers(100, 1200),
+    first=st.floats(1e-5, 1e-3),
+    last=st.floats(2e-3, 0.05),
+    offset=st.integers(0, 1),
+    share=st.floats(0.0, 0.1),
+)
+def test_map_for_any_schedule(
+    kind: str,
+    prediction: str,
+    spacing: str,
+    schedule_name: str,
+    total: int,
+    first: float,
+    last: float,
+    offset: int,
+    share: float,
+) -> None:
+    config = {
+        "_class_name": kind,
+        "prediction_type": prediction,
+        "timestep_spacing": spacing,
+        "beta_schedule": schedule_name,
+        "num_train_timesteps": total,
+        "beta_start": first,
+        "beta_end": last,
+        "steps_offset": offset,
+        "clip_sample": False,
+        "skip_prk_steps": True,
+    }
+    steps = max(1, int(share * total))
+    theirs = diffusers_map(config, steps, double=True)
+    assume(len(theirs.times) == len(compile_table(config, steps).rows))  # see test_trailing_never_runs_past_the_end
+    assert not theirs.differs(table_map(compile_table(config, steps)), DOUBLE_LIMIT)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"_class_name": "DDIMScheduler", **LATENT},
+        {"_class_name": "DDIMScheduler", "eta": 1.0, "clip_sample_range": 2.0, "prediction_type": "v_prediction"},
+        {"_class_name": "DDPMScheduler", **COSINE},
+        {"_class_name": "DDPMScheduler", "clip_sample_range": 0.5, "variance_type": "fixed_large"},
+    ],
+)
+@pytest.mark.parametrize("steps", STEPS)
+def test_clipped_trajectory_is_that_of_diffusers(config: dict[str, Any], steps: int) -> None:
+    random = np.random.default_rng(steps)
+    start, *values = random.standard_normal((1 + 2 * steps, 2, 3, 4, 4))
+    outputs, draws = values[:steps], values[steps:]
+    scheduler = diffusers_scheduler(
+        getattr(diffusers, config["_class_name"]), {k: v for k, v in config.items() if k != "eta"}, steps, None, True
+    )
+    extra = {"eta": config["eta"]} if "eta" in config else {}
+    theirs, sample = [], torch.from_numpy(start)
+    for t, output, draw in zip(scheduler.timesteps, outputs, draws, strict=True):
+        with diffusers_noise(scheduler, lambda draw=draw: draw):
+            sample = scheduler.step(torch.from_numpy(output), t, sample, **extra).prev_sample
+        theirs.append(sample.numpy())
+
+    def run(config: dict[str, Any]) -> list[np.ndarray]:
+        calls = iter(range(steps))
+        index = 0
+
+        def model(sample: np.ndarray, t: float, row: object) -> np.ndarray:
+            nonlocal index
+            index = next(calls)
+            return outputs[index]
+
+        return [step.sample for step in loop.sample(compile_table(config, steps), start, model, lambda: draws[index])]
+
+    np.testing.assert_allclose(run(config), theirs, rtol=0, atol=1e-10)
+    # The clip was at work: without it the trajectory is another.
+    assert np.abs(run({**config, "clip_sample": False})[-1] - theirs[-1]).max() > 1e-2
+
+
+AYS = [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]  # for SD 1.5, https://arxiv.org/abs/2404.14507
+
+
+@pytest.mark.parametrize("name", ["ddpm", "euler", "dpmpp_2m"])
+@pytest.mark.parametrize("times", [AYS, [500], [999, 0]])
+def test_given_timesteps_as_in_diffusers(name: str, times: list[float]) -> None:
+    config = {"_class_name": SAMPLERS[name].scheduler, **LATENT, "clip_sample": False}
+    theirs = diffusers_map(config, len(times), double=True, timesteps=times)
+    ours = table_map(compile_table(config, len(times), timesteps=times))
+    assert not theirs.differs(ours, DOUBLE_LIMIT)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_given_timesteps_that_are_the_spaced_ones_change_nothing(name: str) -> None:
+    config = {"_class_name": "DDIMScheduler", **LATENT, "clip_sample": False, "timestep_spacing": "leading"}
+    table = compile_table(config, 20, sampler=name)
+    times = list(dict.fromkeys(row.t for row in table.rows))  # PNDM asks twice at its second
+    assert table_map(compile_table(config, 20, sampler=name, timesteps=times)).samples == pytest.approx(
+        table_map(table).samples, rel=1e-12, abs=1e-12
+    )
+
+
+def saved_config(kind: str, **options: Any) -> dict[str, Any]:
+    """What a scheduler of this class writes to scheduler_config.json."""
+    config: dict[str, Any] = json.loads(getattr(diffusers, kind)(**options).to_json_string())
+    return config
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("origin", [*(sampler.scheduler for sampler in SAMPLERS.values()), "UniPCMultistepScheduler"])
+def test_another_sampler_keeps_what_from_config_keeps(origin: str, name: str) -> None:
+    for spacing in SPACINGS:
+        options = {**LATENT, "prediction_type": "v_prediction", "timestep_spacing": spacing}
+        config = saved_config(origin, **options, **({"skip_prk_steps": True} if origin.startswith("PNDM") else {}))
+        theirs = diffusers_map({**config, **SAMPLERS[name].overrides}, 10, double=True, kind=SAMPLERS[name].scheduler)
+        assert not theirs.differs(table_map(compile_table(config, 10, sampler=name)), DOUBLE_LIMIT)
+        if name != "pndm":  # PNDM's class means its Runge-Kutta steps too, unless the config says otherwise
+            table = compile_table(config, 10, sampler=SAMPLERS[name].scheduler)
+            assert not theirs.differs(table_map(table), DOUBLE_LIMIT)
+
+
+def test_defaults_of_a_live_scheduler_do_not_carry_over() -> None:
+    config = diffusers.DDIMScheduler(**LATENT).config  # its spacing "leading" is the class's default, not chosen
+    theirs = diffusers_map(dict(config), 10, double=True, kind="EulerDiscreteScheduler")
+    assert theirs.times[0] == 999  # Euler's default, "linspace"
+    assert not theirs.differs(table_map(compile_table(config, 10, sampler="euler")), DOUBLE_LIMIT)
+
+
+# Options of diffusers' classes that act only together with one that is refused.
+IDLE = {"dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type"}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_option_of_the_class_is_known_with_its_default(name: str) -> None:
+    options = dict(SAMPLERS[name].options)
+    parameters = inspect.signature(getattr(diffusers, SAMPLERS[name].scheduler).__init__).parameters
+    theirs = {key: value.default for key, value in parameters.items() if key != "self" and key not in IDLE}
+    assert options.pop("eta", 0.0) == 0.0  # ours: in diffusers an argument of step()
+    assert set(options) == set(theirs)
+    ours = {key: option.default if isinstance(option, OneOf) else option for key, option in options.items()}
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        ("DDIMScheduler", {"thresholding": True}, "thresholding=True"),
+        ("DDIMScheduler", {"eta": 1.5}, "1.5"),
+        ("DDIMScheduler", {"clip_sample": "no"}, "clip_sample='no'"),
+        ("DDIMScheduler", {"beta_start": True}, "beta_start=True"),
+        ("DDIMScheduler", {"beta_schedule": "sigmoid"}, "beta_schedule='sigmoid'"),
+        ("DDIMScheduler", {"prediction_type": "flow_prediction"}, "prediction_type='flow_prediction'"),
+        ("DDIMScheduler", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, "rescale_betas_zero_snr"),
+        ("DDIMScheduler", {"trained_betas": [0.1, 1.2], "num_train_timesteps": 2}, "between 0 and 1"),
+        ("DDIMScheduler", {"trained_betas": [0.1, 0.2]}, "must be 1000 numbers"),
+        ("DDPMScheduler", {"variance_type": "learned_range"}, "variance_type='learned_range'"),
+        ("DPMSolverMultistepScheduler", {"variance_type": "learned"}, "variance_type='learned'"),
+        ("PNDMScheduler", {}, "skip_prk_steps=False"),
+        ("PNDMScheduler", {"skip_prk_steps": True, "prediction_type": "sample"}, "prediction_type='sample'"),
+        ("EulerDiscreteScheduler", {"interpolation_type": "log_linear"}, "interpolation_type='log_linear'"),
+        ("EulerDiscreteScheduler", {"timestep_type": "continuous"}, "timestep_type='continuous'"),
+        ("EulerDiscreteScheduler", {"use_beta_sigmas": True}, "use_beta_sigmas=True"),
+        ("EulerAncestralDiscreteScheduler", {"timestep_spacing": "even"}, "timestep_spacing='even'"),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, "algorithm_type='sde-dpmsolver"),
+        ("DPMSolverMultistepScheduler", {"solver_order": 3}, "solver_order=3"),
+        ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True}, "use_lu_lambdas=True"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(kind: str, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(DexportError) as caught:
+        compile_table({"_class_name": kind, **options}, 2)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"steps": 0}, "steps must be a whole number from 1, not 0"),
+        ({"steps": 2.5}, "2.5"),
+        ({"steps": 1001}, "at most 1000"),
+        ({"steps": 5, "sampler": "unipc"}, "ddim, ddpm"),
+        ({"steps": 2, "timesteps": [900]}, "1 timesteps for 2 steps"),
+        ({"steps": 2, "timesteps": [100, 900]}, "must fall"),
+        ({"steps": 2, "timesteps": [1000, 1]}, "at most 999"),
+        ({"steps": 2, "timesteps": [900.5, 1]}, "whole numbers"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(DexportError, match=words):
+        compile_table({"_class_name": "DDIMScheduler"}, **arguments)
+
+
+def test_a_config_without_a_known_class_is_refused() -> None:
+    for config in ({}, {"_class_name": "FlowMatchEulerDiscreteScheduler"}, {"_class_name": None}):
+        with pytest.raises(DexportError, match="euler_ancestral"):
+            compile_table(config, 5)
+
+
+def test_a_timestep_past_the_schedule_is_refused() -> None:
+    # 1000 steps from "leading" and an offset of 1 end up at t = 1000, where diffusers fails with an IndexError.
+    with pytest.raises(DexportError, match="take fewer"):
+        compile_table({"_class_name": "DDIMScheduler", "steps_offset": 1}, 1000)
+    karras = {"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True}
+    with pytest.raises(DexportError, match="use_karras_sigmas"):
+        compile_table(karras, 2, timesteps=[900, 1])
+
+
+def test_heun_takes_a_last_step_of_no_length() -> None:
+    # Karras sigmas that end at sigma_min reach it twice; there diffusers divides 0 by 0.
+    config = {
+        "_class_name": "DPMSolverMultistepScheduler",
+        "solver_type": "heun",
+        "use_karras_sigmas": True,
+        "final_sigmas_type": "sigma_min",
+    }
+    samples = table_map(compile_table(config, 20)).samples
+    np.testing.assert_allclose(samples[-1], samples[-2], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [61, 103, 999])
+def test_trailing_never_runs_past_the_end(steps: int) -> None:
+    # Rounding gives diffusers one timestep more for some counts, -1.
+    config = {"_class_name": "DDIMScheduler", "timestep_spacing": "trailing"}
+    scheduler = diffusers.DDIMScheduler(timestep_spacing="trailing")
+    scheduler.set_timesteps(steps)
+    times = [row.t for row in compile_table(config, steps).rows]
+    assert times == scheduler.timesteps.tolist()[:steps]
+    assert len(times) == steps
+
+
+@pytest.mark.parametrize("name", ["ddim-noise", "pndm", "euler-ancestral", "dpmpp"])
+def test_a_wrong_row_is_detected(name: str) -> None:
+    kind, options = CASES[name]
+    config = {"_class_name": kind, **options, "prediction_type": "v_prediction"}
+    theirs, table = diffusers_map(config, 10, double=True), compile_table(config, 10)
+    assert not theirs.differs(table_map(table), DOUBLE_LIMIT)
+
+    def changed(index: int, **values: Any) -> Table:
+        rows = [*table.rows]
+        rows[index] = dataclasses.replace(rows[index], **values)
+        return dataclasses.replace(table, rows=tuple(rows))
+
+    wrong = [dataclasses.replace(table, init_scale=table.init_scale * (1 + 1e-6))]
+    for index in (0, 1, 5):
+        right = table.rows[index]
+        for field in ("t", "scale", "x_x", "x_s", "x_m", "x_z"):
+            if getattr(right, field):
+                wrong.append(changed(index, **{field: getattr(right, field) * (1 + 1e-6)}))
+        if any(right.x_h):
+            wrong.append(changed(index, x_h=tuple(value * (1 + 1e-6) for value in right.x_h)))
+        if right.h_m:
+            wrong.append(changed(index, h_m=right.h_m * (1 + 1e-6)))
+    if any(row.x_h[1] for row in table.rows):
+        wrong.append(changed(5, shift=False))
+    assert len(wrong) > 6
+    for index, table_ in enumerate(wrong):
+        assert theirs.differs(table_map(table_), DOUBLE_LIMIT), f"wrong table {index} passed"
+
+
+@pytest.mark.parametrize(
+    "options", [{}, LATENT, COSINE, OWN, ZERO_SNR], ids=["linear", "latent", "cosine", "own", "zero-snr"]
+)
+def test_alpha_bars_are_those_of_diffusers(options: dict[str, Any]) -> None:
+    theirs = diffusers.DDIMScheduler(**options).alphas_cumprod.double().numpy()
+    defaults = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+    ours = schedule.alpha_bars({**defaults, "trained_betas": None, **options})
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-9)
+    # Exact but for the rescaling, which diffusers computes in float32.
+    np.testing.assert_allclose(1 - ours, 1 - theirs, rtol=2e-4 if "rescale_betas_zero_snr" in options else 1e-7)
+
+
+def test_forms_read_as_algebra() -> None:
+    made = row(3, 2 * X - H0 / 4 + np.float64(0.5) * (Z - H1), s=X, h=3 * X)
+    assert (made.t, made.x_x, made.x_h, made.x_z) == (3.0, 2.0, (-0.25, -0.5, 0.0, 0.0), 0.5)
+    assert (made.s_x, made.s_s, made.h_x, made.h_m, made.clip) == (1.0, 0.0, 3.0, 0.0, math.inf)
+    with pytest.raises(ValueError, match="X and M only"):
+        row(3, X, h=S)
