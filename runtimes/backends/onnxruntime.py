@@ -60,7 +60,6 @@ class OnnxRuntimeSession:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = ERRORS_ONLY
         options.intra_op_num_threads = threads or _default_threads()
-        options.add_session_config_entry("session.set_denormal_as_zero", "1")  # denormals are slow, and carry nothing
         self._graph = graph
         self._outputs = [tensor.name for tensor in graph.outputs]
         try:

@@ -77,6 +77,11 @@ def test_same_input_same_bytes(sample: Sample, opened: tuple[Session, Graph]) ->
     assert other.tobytes() != first.tobytes()
 
 
+def test_leaves_the_callers_arithmetic_alone(sample: Sample, opened: tuple[Session, Graph]) -> None:
+    opened[0].run(sample.inputs(1, 0))
+    assert np.float32(1e-38) / np.float32(16) > 0, "the runtime flushes denormals to zero in the caller's thread"
+
+
 def test_takes_arrays_that_are_not_contiguous(sample: Sample, opened: tuple[Session, Graph]) -> None:
     session, graph = opened
     inputs = sample.inputs(2, 7)
