@@ -27,7 +27,7 @@ def default_cache() -> Path:
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, for machines.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output if dexport made it.")
-threads_option = click.option("--threads", type=click.IntRange(1), help="CPU threads; all cores if not given.")
+threads_option = click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads; all cores if not given.")
 
 
 def shape_options(command: F) -> F:
@@ -44,7 +44,9 @@ def compile_options(command: F) -> F:
     """The options of everything that compiles."""
     command = click.option("--no-cache", is_flag=True, help="Compile anew and keep nothing.")(command)
     command = click.option(
-        "--cache", type=FOLDER, help="Folder for compiled graphs. [default: $DEXPORT_CACHE or ~/.cache/dexport]"
+        "--cache",
+        type=FOLDER,
+        help="Folder for compiled graphs, safe to delete at any time. [default: $DEXPORT_CACHE or ~/.cache/dexport]",
     )(command)
     return click.option(
         "--max-batch", type=click.IntRange(1), default=2, show_default=True,
@@ -75,7 +77,7 @@ def main() -> None:
       dexport build checkpoint --target openvino --precision bf16 -o bundle
       dexport run bundle --prompt "red apple" -o apple.png
 
-    Exit codes: 0 done, 1 failed a gate, 2 wrong use or input, 130 interrupted.
+    Exit codes: 0 done, 1 failed a gate, 2 wrong use or input, 70 a bug of ours, 130 interrupted.
     """
 
 
@@ -173,8 +175,11 @@ def export(
 
 @main.command("compile")
 @click.argument("hub", type=FOLDER)
-@click.option("--target", type=TargetName(), required=True, help="Backend or backend:device.")
-@click.option("--precision", default="fp32", show_default=True, help="Precision to compute in.")
+@click.option(
+    "--target", type=TargetName(precise=True), required=True,
+    help="Backend or backend:device; with =PRECISION, in that one.",
+)  # fmt: skip
+@click.option("--precision", default="fp32", show_default=True, help="Precision to compute in: fp32, bf16, fp16.")
 @click.option("-o", "--output", type=FOLDER, required=True, help="The bundle.")
 @compile_options
 @overwrite_option
@@ -205,17 +210,19 @@ def compile_(
             overwrite=overwrite, progress=progress,
         )  # fmt: skip
     if as_json:
-        console.print_json(
-            {"output": output, "target": target, "precision": precision, "graphs": manifest.model.graphs}
-        )
+        made = {"target": manifest.target, "precision": manifest.precision, "graphs": manifest.model.graphs}
+        console.print_json({"output": output} | made)
     else:
-        tables.graphs(f"{output}: {target} {precision}, not proven", manifest.model.graphs)
+        title = f"{output}: {manifest.target} {manifest.precision}, not proven"
+        tables.graphs(title, manifest.model.graphs)
 
 
 @main.command()
 @click.argument("bundle", type=FOLDER)
 @click.option("--prompt", "prompts", multiple=True, help="What to draw. May be given several times.")
-@click.option("--prompts", "prompt_file", type=click.File(encoding="utf-8"), help="A file with one prompt a line.")
+@click.option(
+    "--prompts", "prompt_file", type=click.File(encoding="utf-8-sig"), help="A UTF-8 file with one prompt a line."
+)
 @click.option("--negative-prompt", default="", help="What not to draw.")
 @click.option("--steps", type=click.IntRange(1), help="Steps of the sampler.")
 @click.option("--guidance", type=float, help="How strongly the prompt steers; 1 is not at all, and twice as fast.")
@@ -231,7 +238,7 @@ def compile_(
 @click.option("--cache", type=FOLDER, help="Folder for what the runtime compiles when it loads the bundle.")
 @click.option(
     "-o", "--output", type=FOLDER, default="image.png", show_default=True,
-    help="A .png (several images are numbered) or a folder.",
+    help="A .png (several images are numbered) or a folder; pictures of the same name are replaced.",
 )  # fmt: skip
 @json_option
 def run(
@@ -250,11 +257,15 @@ def run(
     Example:
       dexport run bundle --prompt "red apple" --prompt "green apple" --steps 20 --seed 7 -o apples
     """
-    lines = [line.strip() for line in prompt_file] if prompt_file else []
+    try:
+        lines = [line.strip() for line in prompt_file] if prompt_file else []
+    except UnicodeDecodeError as error:
+        raise click.BadParameter(f"{prompt_file.name}: not a text in UTF-8 ({error.reason})") from error
     every = [*prompts, *filter(None, lines)]
     if not every:
         raise click.UsageError("no prompt given; use --prompt or --prompts")
     files = console.image_files(output, len(every) * settings["images"])
+    console.check_places(files)
     with console.working() as progress:
         pipeline = dexport.load(bundle, threads=threads, cache=cache)
         result = pipeline(every, progress=progress, **settings)
@@ -278,7 +289,7 @@ def verify(context: click.Context, bundle: Path, threads: int | None, as_json: b
     """Check a BUNDLE on this machine.
 
     First every file's hash, then each graph's outputs against those of the torch model that the bundle holds. The exit
-    code is 1 if one is outside its accuracy band.
+    code is 1 if one is outside its accuracy band, or if the bundle holds none to compare with.
 
     \b
     Example:
@@ -286,13 +297,18 @@ def verify(context: click.Context, bundle: Path, threads: int | None, as_json: b
     """
     with console.working() as progress:
         checks = dexport.verify(bundle, threads=threads, progress=progress)
-    if not checks:
-        click.echo("warning: every hash is right, but the bundle has no golden outputs to compare with", err=True)
+    passed = all(check.passed for check in checks) if checks else None
     if as_json:
-        console.print_json({"passed": all(check.passed for check in checks), "checks": checks})
+        console.print_json({"passed": passed, "checks": checks})
     else:
         tables.checks(checks)
-    if not all(check.passed for check in checks):
+    if passed is None:
+        click.echo(
+            "every hash is right, but nothing is proven: the bundle was compiled from a hub and has no golden outputs "
+            "to compare with; make one with: dexport build",
+            err=True,
+        )
+    if not passed:
         context.exit(FAILED_GATE)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -97,6 +98,16 @@ def image_files(output: Path, count: int) -> list[Path]:
     if output.suffix and not output.is_dir():
         raise click.BadParameter(f"{output}: pictures are written as .png; name such a file, or a folder")
     return [output / f"{index:03d}.png" for index in range(count)]
+
+
+def check_places(files: Sequence[Path]) -> None:
+    """Raise DexportError, before any work, where one of these pictures could not be written."""
+    for file in files:
+        folder = next(parent for parent in file.absolute().parents if parent.exists())
+        if file.is_dir():
+            raise DexportError(f"{file}: there is a folder of this name; choose another output")
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise DexportError(f"{file}: cannot be written: {folder} is not a folder that you may write to")
 
 
 def save_images(images: Sequence[Image], settings: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -15,12 +17,21 @@ from click.shell_completion import CompletionItem
 from runtimes.errors import DexportError
 from runtimes.target import DEVICES, Target
 
-DONE, FAILED_GATE, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130  # 130 = 128 + SIGINT, as shells have it
+DONE, FAILED_GATE, WRONG_INPUT = 0, 1, 2
+BUG, INTERRUPTED = 70, 130  # EX_SOFTWARE of BSD's sysexits.h; 128 + SIGINT, as shells have it
 
 
 def _terminate(number: int, frame: Any) -> NoReturn:
     """Leave by an exception, so that what is half-written is removed on the way."""
     sys.exit(128 + number)
+
+
+def _catch_signals() -> None:
+    """Let a stop from outside (a CI job cancelled, a terminal closed) clean up; what nohup ignores stays ignored."""
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _terminate)
 
 
 class Face(click.Group):
@@ -34,9 +45,9 @@ class Face(click.Group):
         standalone_mode: bool = True,
         **extra: Any,
     ) -> NoReturn:
-        """Run the command line and leave the process."""
+        """Run the command line and leave the process. With --json a failure is JSON on stdout too."""
         line, code = "", DONE
-        signal.signal(signal.SIGTERM, _terminate)
+        _catch_signals()
         try:
             stopped = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
             code = stopped if isinstance(stopped, int) else DONE
@@ -60,8 +71,16 @@ class Face(click.Group):
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             line, code = f"{where}{error.strerror or error}", WRONG_INPUT
+        except MemoryError:
+            line, code = "there is not enough memory for this", WRONG_INPUT
+        except Exception as error:
+            traceback.print_exc()
+            line, code = f"this is a bug of dexport, please report it: {type(error).__name__}: {error}", BUG
         if line:
-            click.echo("error: " + " ".join(line.split()), err=True)
+            line = " ".join(line.split())
+            if "--json" in (sys.argv[1:] if args is None else args):
+                click.echo(json.dumps({"error": line, "exit_code": code}, ensure_ascii=False))
+            click.echo(f"error: {line}", err=True)
         sys.exit(code)
 
 

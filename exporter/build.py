@@ -40,14 +40,14 @@ def build(
     output: Path | str,
     *,
     targets: Sequence[str] | str,
-    precisions: Sequence[str] = ("fp32",),
+    precisions: Sequence[str] | str = ("fp32",),
     shape: tuple[int, int] | None = None,
     dynamic_shape: bool = False,
     sampler: str | None = None,
     max_batch: int = 2,
     cache: Path | None = None,
     overwrite: bool = False,
-    keep_hub: Path | None = None,
+    keep_hub: Path | str | None = None,
     progress: Progress = silent,
 ) -> list[Built]:
     """Make bundles of a checkpoint, one for each target and precision, each proven against the torch model.
@@ -59,11 +59,12 @@ def build(
     GateError for a missed band; each bundle is published whole or not at all.
     """
     checkpoint, output = Path(checkpoint), Path(output)
+    keep_hub = Path(keep_hub) if keep_hub else None
+    precisions = [precisions] if isinstance(precisions, str) else precisions
     pairs = _pairs([targets] if isinstance(targets, str) else targets, precisions)
     folders = [output] if len(pairs) == 1 else [output / f"{target.folder}-{precision}" for target, precision in pairs]
     for (target, precision), folder in zip(pairs, folders, strict=True):
-        compilers.check(target, precision)
-        require(target.backend)  # now, not after the export
+        compilers.check(target, precision)  # now, not after the export
         bundle.check_free(folder, overwrite, [checkpoint, *([keep_hub] if keep_hub else [])])
     if keep_hub:
         bundle.check_free(keep_hub, overwrite, [checkpoint])
@@ -105,7 +106,7 @@ def _pairs(targets: Sequence[str], precisions: Sequence[str]) -> list[tuple[Targ
         name, equals, own = text.partition("=")
         pairs += [(Target.parse(name), precision) for precision in ([own] if equals else precisions)]
     if not pairs:
-        raise DexportError("no target given; try --target openvino")
+        raise DexportError("no target, or no precision, given; try --target openvino --precision fp32")
     for pair in pairs:
         if pairs.count(pair) > 1:
             raise DexportError(f"{pair[0]} {pair[1]} is asked for twice")
@@ -123,11 +124,14 @@ def compile_hub(
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> Manifest:
-    """Make a bundle from a hub folder alone, with nothing to prove it against; the manifest says so."""
+    """Make a bundle from a hub folder alone, with nothing to prove it against; the manifest says so.
+
+    ``target``: "openvino", or "openvino=bf16" in place of ``precision``.
+    """
     hub_folder, output = Path(hub_folder), Path(output)
-    where = Target.parse(target)
+    pairs = _pairs([target], [precision])
+    where, precision = pairs[0]
     compilers.check(where, precision)
-    require(where.backend)
     bundle.check_free(output, overwrite, [hub_folder])
     model = hub.load(hub_folder)
     dynamic = any(isinstance(side, str) for side in _sample(model).shape[1:])

@@ -20,8 +20,8 @@ INLINE = 1024  # bytes: a tensor up to this size stays in model.onnx, where shap
 
 
 def export(
-    checkpoint: Path | Checkpoint,
-    output: Path,
+    checkpoint: Path | str | Checkpoint,
+    output: Path | str,
     *,
     shape: tuple[int, int] | None = None,
     dynamic_shape: bool = False,
@@ -35,10 +35,11 @@ def export(
     graphs take every size. ``graphs``: the names of those to export, all by default. ``output`` appears whole or not
     at all. Raises DexportError for input that is missing, damaged or not supported, and for a full disk.
     """
+    output = Path(output)
     if isinstance(checkpoint, Checkpoint):
         source = checkpoint
     else:
-        source = checkpoints.read(checkpoint, progress=lambda what, share: progress(what, share * 0.05))
+        source = checkpoints.read(Path(checkpoint), progress=lambda what, share: progress(what, share * 0.05))
     family = source.family
     size = Shape(*(shape or family.default_shape(source)), free=dynamic_shape)
     specs = _choose(family.specs(source, size), graphs)

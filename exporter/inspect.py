@@ -13,7 +13,7 @@ from runtimes.manifest import Graph, Model, Stage, Tensor
 from runtimes.safetensors import Entry
 
 
-def inspect(path: Path) -> dict[str, Any]:
+def inspect(path: Path | str) -> dict[str, Any]:
     """Describe the folder ``path``, ready for JSON; ``kind`` is "bundle", "hub" or "checkpoint", sizes are in bytes.
 
     Hashes are not checked (``verify`` does that) and weights not searched for NaN (``export`` does). Raises

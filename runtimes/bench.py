@@ -67,6 +67,7 @@ def bench(
         }
     progress("timing an image", len(graphs) / (len(graphs) + 1))
     pipeline = Pipeline(manifest.model, folder, sessions.__getitem__)
+    _warm(pipeline, images)
     return {
         "target": manifest.target,
         "precision": manifest.precision,
@@ -76,6 +77,12 @@ def bench(
         "graphs": graphs,
         **_image(pipeline, images),
     }
+
+
+def _warm(pipeline: Pipeline, images: int) -> None:
+    """Go each graph's way once with the shapes of the request that is timed: a new shape may cost a compilation."""
+    step = next(pipeline.generate(Request([PROMPT], images=images)))
+    pipeline.decode(step.sample)
 
 
 def _image(pipeline: Pipeline, images: int) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def publish(output: Path, overwrite: bool = False) -> Iterator[Path]:
     partial = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
     old = partial.with_name(f"{partial.name}.old")
     try:
-        _make(partial)
+        _make(partial, output)
         yield partial
         check_free(output, overwrite)  # again: it may have come while we worked
         if output.exists():
@@ -87,11 +87,11 @@ def publish(output: Path, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _make(folder: Path) -> None:
+def _make(folder: Path, output: Path) -> None:
     try:
         folder.mkdir(parents=True)
     except OSError as error:
-        raise DexportError(f"{folder.parent}: cannot write there ({error.strerror})") from error
+        raise DexportError(f"{output}: cannot be written there ({error.strerror}); choose another output") from error
 
 
 def _no_space(error: OSError) -> bool:
@@ -216,13 +216,14 @@ class Check:
 
 
 def verify(
-    folder: Path, *, threads: int | None = None, cache: Path | None = None, progress: Progress = silent
+    folder: Path | str, *, threads: int | None = None, cache: Path | None = None, progress: Progress = silent
 ) -> list[Check]:
     """Check a bundle's files, then run each graph on its golden inputs, here, on this device.
 
     The expected outputs are those of the torch model in fp32, so this is the proof on the device itself. Returns one
     ``Check`` for each output; an empty list where the bundle has no golden vectors.
     """
+    folder = Path(folder)
     manifest = load_manifest(folder, progress=lambda what, share: progress(what, share / 2))
     if not (folder / GOLDEN).is_file():
         return []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def save_png(image: Image.Image, file: Path, settings: Mapping[str, Any]) -> Non
     """Write a PNG with ``settings`` as JSON in its metadata; the file appears whole or not at all."""
     info = PngImagePlugin.PngInfo()
     info.add_itxt(KEY, json.dumps(settings, sort_keys=True, ensure_ascii=False))
-    partial = file.with_name(f".{file.name}.partial")
+    partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     try:
         image.save(partial, "PNG", pnginfo=info)
         os.replace(partial, file)

@@ -23,6 +23,12 @@ from runtimes.tokenizer import PromptTokenizer
 Array = NDArray[Any]
 Batching = Literal["batched", "sequential"]
 
+# Beyond these a request is a slip of the keyboard, and would end in a machine without memory instead of one line.
+MOST_IMAGES = 4096  # in one call
+LONGEST_SIDE = 16384  # pixels
+LARGEST_GUIDANCE = 1000
+SHOWN = 80  # characters of a prompt in a warning
+
 
 @dataclass(frozen=True)
 class Request:
@@ -91,8 +97,11 @@ class Pipeline:
         if self.model.tokenizers:
             for name, prompts in (("prompt", request.prompts), ("negative prompt", [request.negative_prompt])):
                 _, cut = self.tokenize(prompts)
-                warnings += [f"the {name} is longer than the model's context: {w!r} was cut off" for w in cut if w]
-        return Result(images, [self._settings(request, index) for index in range(len(images))], warnings)
+                warnings += [
+                    f"the {name} is longer than the model's context: {_short(w)} was cut off" for w in cut if w
+                ]
+        settings_ = [{**self._settings(request, i), "size": [p.height, p.width]} for i, p in enumerate(images)]
+        return Result(images, settings_, warnings)
 
     def generate(self, request: Request, noise: Callable[[], Array] | None = None) -> Iterator[loop.Step]:
         """Yield each step of the loop; the last one's ``sample`` is what ``decode`` takes.
@@ -172,8 +181,13 @@ class Pipeline:
             raise DexportError(f"steps must be 1 or more, not {request.steps}")
         if request.seed < 0:
             raise DexportError(f"a seed must be 0 or more, not {request.seed}")
-        if request.guidance is not None and not np.isfinite(request.guidance):
-            raise DexportError(f"guidance must be a finite number, not {request.guidance}")
+        if request.guidance is not None and not 0 <= request.guidance <= LARGEST_GUIDANCE:
+            raise DexportError(f"guidance must be a number from 0 to {LARGEST_GUIDANCE}, not {request.guidance}")
+        if len(request.prompts) * request.images > MOST_IMAGES:
+            count = f"{len(request.prompts)} x {request.images}"
+            raise DexportError(f"{count} images are too many for one call; ask for {MOST_IMAGES} at most")
+        if request.size is not None and max(request.size) > LONGEST_SIDE:
+            raise DexportError(f"a side of {max(request.size)} pixels is too long; it may have {LONGEST_SIDE}")
         if request.guidance_batch not in ("batched", "sequential"):
             raise DexportError(f"guidance_batch is 'batched' or 'sequential', not {request.guidance_batch!r}")
         return request
@@ -229,3 +243,10 @@ class Pipeline:
         if self.manifest is not None:
             settings |= {"target": self.manifest.target, "precision": self.manifest.precision}
         return settings
+
+
+def _short(words: str) -> str:
+    """The words that were cut off, in quotes; of many the first, and how many there are."""
+    if len(words) <= SHOWN:
+        return repr(words)
+    return f"{words[:SHOWN].rsplit(' ', 1)[0]!r} … ({len(words.split())} words)"

@@ -110,7 +110,9 @@ def given(config: Config, timesteps: Sequence[float], *, whole: bool = True) -> 
 def _check(config: Config, times: Floats, what: str) -> Floats:
     total = config["num_train_timesteps"]
     if times.ndim != 1 or not ((times >= 0) & (times <= total - 1)).all() or (np.diff(times) >= 0).any():
-        raise DexportError(f"{what} must fall from at most {total - 1} to at least 0 without a repetition; take fewer")
+        raise DexportError(
+            f"{what} do not fall from at most {total - 1} to at least 0 without a repetition; take fewer"
+        )
     return times
 
 

@@ -20,8 +20,13 @@ from runtimes.target import Target
 class Compiler(Protocol):
     """What a module in exporter/compile offers."""
 
-    PRECISIONS: tuple[str, ...]  # what it can build, the most exact one first
-    WHY: str  # why it builds no others: the end of the sentence "there is no bf16 here: ..."
+    WHY: str  # why it builds no other precisions: the end of the sentence "there is no bf16 here: ..."
+
+    def precisions(self, target: Target) -> tuple[str, ...]:
+        """What it can build for a target, the most exact one first."""
+
+    def check(self, target: Target) -> None:
+        """Raise DexportError, saying what to install, if this machine cannot compile for ``target``."""
 
     def depends_on(self, target: Target) -> str:
         """Everything outside dexport that the result depends on: compiler, version, GPU; a part of the cache's key."""
@@ -35,11 +40,12 @@ class Compiler(Protocol):
 
 def precisions(target: Target) -> tuple[str, ...]:
     """The precisions that can be built for a target, the most exact one first."""
-    return _compiler(target).PRECISIONS
+    return _compiler(target).precisions(target)
 
 
 def check(target: Target, precision: str) -> None:
-    """Raise DexportError, with the reason and the alternatives, if ``precision`` cannot be built for ``target``."""
+    """Raise DexportError, with the reason and what to do, if ``precision`` cannot be built here for ``target``."""
+    _compiler(target).check(target)
     if precision not in precisions(target):
         known = ", ".join(precisions(target))
         raise DexportError(f"{target} has no precision {precision!r}: {_compiler(target).WHY}; it has {known}")

@@ -33,9 +33,9 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from runtimes.errors import Progress
 from runtimes.manifest import Graph
+from runtimes.session import require
 from runtimes.target import Target
 
-PRECISIONS = ("fp32",)
 WHY = "ONNX Runtime's CPU kernels have no bf16 arithmetic, and fp16 is slower than fp32 there"
 LONG = 1024 * 1024  # queries × keys from which MultiHeadAttention is faster (see above)
 WIDEST_HEAD = 160  # the widest head measured to be so
@@ -43,6 +43,16 @@ MICROSOFT = "com.microsoft"
 HEADS_FIRST = [0, 2, 1, 3]  # [B,S,H,D] ↔ [B,H,S,D]
 
 Rewrite = Callable[[ir.Model], tuple[ir.Model, bool]]
+
+
+def precisions(target: Target) -> tuple[str, ...]:
+    """What its CPU kernels are good at."""
+    return ("fp32",)
+
+
+def check(target: Target) -> None:
+    """The bundle is written without ONNX Runtime, but its version is recorded, and the gate runs it."""
+    require("onnxruntime")
 
 
 def depends_on(target: Target) -> str:

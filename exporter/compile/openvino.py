@@ -24,7 +24,6 @@ from runtimes.manifest import Graph
 from runtimes.session import require
 from runtimes.target import Target
 
-PRECISIONS = ("fp32", "fp16", "bf16")
 WHY = "OpenVINO stores weights in fp32 or fp16 and computes in f32, f16 or bf16"
 WEIGHTS = {"fp32": "fp32", "fp16": "fp16", "bf16": "fp16"}  # bf16 weights would lose three bits that fp16 keeps
 TIMESTEP = "timestep"
@@ -37,6 +36,16 @@ HINTS = {
 }
 
 
+def precisions(target: Target) -> tuple[str, ...]:
+    """All that the IR and the hint can say, on any device."""
+    return ("fp32", "fp16", "bf16")
+
+
+def check(target: Target) -> None:
+    """OpenVINO compiles for every device on any machine."""
+    require("openvino")
+
+
 def depends_on(target: Target) -> str:
     """OpenVINO's version: the IR is written by it, and is the same whatever the device."""
     return f"openvino {version()}"
@@ -46,7 +55,7 @@ def build(
     source: Path, graph: Graph, output: Path, target: Target, precision: str, max_batch: int, progress: Progress
 ) -> Graph:
     """Write model.xml and model.bin; the same input gives the same bytes. See exporter.compile.compile_graph."""
-    require("openvino")
+    check(target)
     ov = load()
     progress(f"{graph.kind}: reading into OpenVINO", 0.0)
     try:

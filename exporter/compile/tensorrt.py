@@ -16,12 +16,24 @@ import onnx_ir as ir
 from calibration.precision import cast
 from runtimes import cuda
 from runtimes.backends.tensorrt import flavour, make_logger, missing
+from runtimes.backends.tensorrt import precisions as gpu_precisions
 from runtimes.errors import DexportError, Progress
 from runtimes.manifest import Graph
 from runtimes.target import Target
 
-PRECISIONS = ("fp32", "fp16", "bf16")
-WHY = "an engine computes in the types that its graph is written in"
+WHY = "its GPU has no kernels for it"
+
+
+def precisions(target: Target) -> tuple[str, ...]:
+    """What the target's GPU computes in; for this machine's GPU where none is here, what GPUs of today do."""
+    if target.device != "local":
+        return gpu_precisions(target.device)
+    return ("fp32", "fp16", "bf16") if missing() else gpu_precisions(cuda.gpu().capability)
+
+
+def check(target: Target) -> None:
+    """The flavour that builds for the target must be there, and for this machine's GPU a GPU."""
+    _flavour(target)
 
 
 def depends_on(target: Target) -> str:

@@ -7,6 +7,7 @@ Both have one interface under two import names. An engine runs only in the one t
 from __future__ import annotations
 
 import importlib
+import secrets
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,12 +43,16 @@ def version() -> str | None:
 
 
 def devices() -> list[Device]:
-    """The first GPU as "local"; none without TensorRT, a driver and a GPU (see ``missing``)."""
+    """The first GPU, named by its compute capability ("sm89"); none without TensorRT, a driver and a GPU."""
     if missing():
         return []
     gpu = cuda.gpu()
-    precisions = ("fp32", "fp16", "bf16") if int(gpu.capability[2:]) >= OLDEST_BF16 else ("fp32", "fp16")
-    return [Device("local", f"{gpu.name} ({gpu.capability}, CUDA {gpu.driver})", precisions)]
+    return [Device(gpu.capability, f"{gpu.name}, CUDA {gpu.driver}", precisions(gpu.capability))]
+
+
+def precisions(capability: str) -> tuple[str, ...]:
+    """What a GPU of this compute capability ("sm89") computes in."""
+    return ("fp32", "fp16", "bf16") if int(capability[2:]) >= OLDEST_BF16 else ("fp32", "fp16")
 
 
 def missing() -> str | None:
@@ -193,7 +198,7 @@ class _KernelCache:
         if data.nbytes == self._size:
             return
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        partial = self._file.with_suffix(".partial")
+        partial = self._file.with_name(f".{self._file.name}.{secrets.token_hex(4)}")
         partial.write_bytes(data)
         partial.replace(self._file)
         self._size = data.nbytes

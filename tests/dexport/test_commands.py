@@ -77,8 +77,8 @@ def test_export_then_compile_gives_a_bundle_without_a_proof(say: Say, workshop: 
     assert compiled.code == 0, compiled.err
     assert compiled.json["target"] == "onnxruntime"
     checked = say("verify", tmp_path / "bundle", "--json")
-    assert (checked.code, checked.json["checks"]) == (0, [])
-    assert "no golden outputs" in checked.err
+    assert (checked.code, checked.json) == (1, {"passed": None, "checks": []})
+    assert "nothing is proven" in checked.err
     drawn = say("run", tmp_path / "bundle", "--prompt", "red apple", "--steps", 2, "-o", tmp_path / "a.png")
     assert drawn.code == 0, drawn.err
     with Image.open(tmp_path / "a.png") as image:
@@ -110,10 +110,11 @@ def test_run_draws_the_same_as_the_library(say: Say, workshop: Workshop, tmp_pat
         with Image.open(made["file"]) as drawn:
             assert np.array_equal(np.asarray(drawn), np.asarray(image))
             assert json.loads(drawn.info["dexport"])["prompt"] == "red apple"
+            assert json.loads(drawn.info["dexport"])["size"] == [64, 64]
 
 
 def test_run_reads_prompts_from_a_file(say: Say, workshop: Workshop, tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("red\n\n  apple \n")
+    (tmp_path / "prompts.txt").write_text("red\n\n  apple \n", encoding="utf-8-sig")  # as some editors save it
     words = (
         "--prompts",
         tmp_path / "prompts.txt",
@@ -134,11 +135,14 @@ def test_run_reads_prompts_from_a_file(say: Say, workshop: Workshop, tmp_path: P
 def test_a_prompt_beyond_the_context_is_a_warning_with_what_was_cut(
     say: Say, workshop: Workshop, tmp_path: Path
 ) -> None:
-    words = ("--prompt", "red apple " * 50 + "zebra", "--steps", 1, "-o", tmp_path / "a.png", "--json")
-    said = say("run", workshop.bundle, *words)
+    words = ("--steps", 1, "-o", tmp_path / "a.png", "--json")
+    said = say("run", workshop.bundle, "--prompt", "red apple " * 37 + "red zebra", *words)
     assert said.code == 0, said.err
-    assert "warning" in said.err and "zebra" in said.err
+    assert "warning" in said.err and "'zebra' was cut off" in said.err
     assert "zebra" in said.json["warnings"][0]
+    said = say("run", workshop.bundle, "--prompt", "red apple " * 37 + "red zebra" + " apple" * 1000, *words)
+    assert "'zebra apple" in said.json["warnings"][0] and "(1001 words)" in said.json["warnings"][0]
+    assert len(said.json["warnings"][0]) < 200
 
 
 def test_a_bundle_runs_where_nothing_but_its_runtime_is_installed(
@@ -199,6 +203,20 @@ def test_bench_times_every_graph(say: Say, workshop: Workshop) -> None:
     assert times["image_seconds"] > 0.5 * times["step_seconds"] * (times["steps"] - 1)
     text = say("bench", workshop.bundle, "--repeats", 1)
     assert text.code == 0 and "denoiser" in text.out and "image" in text.out
+
+
+def test_a_bundle_of_free_size_draws_and_is_timed(say: Say, workshop: Workshop, tmp_path: Path) -> None:
+    hub, bundle = tmp_path / "hub", tmp_path / "bundle"
+    assert say("export", workshop.checkpoint, "-o", hub, "--dynamic-shape").code == 0
+    made = say("compile", hub, "--target", "openvino=bf16", "-o", bundle, "--no-cache", "--json")
+    assert (made.code, made.json["precision"]) == (0, "bf16"), made.err
+    times = say("bench", bundle, "--repeats", 1, "--json")
+    assert times.code == 0, times.err
+    assert set(times.json["graphs"]) == {"text", "denoiser", "decoder", "encoder"}
+    drawn = say("run", bundle, "--prompt", "red", "--steps", 1, "--size", "48x80", "-o", tmp_path / "a.png")
+    assert drawn.code == 0, drawn.err
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size == (80, 48)
 
 
 def test_inspect_knows_a_checkpoint_a_hub_and_a_bundle(say: Say, workshop: Workshop) -> None:

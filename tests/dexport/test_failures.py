@@ -22,12 +22,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def refused(said: Said, *parts: str, code: int = 2) -> None:
-    """Assert one line of error with ``parts`` in it, nothing on stdout, and the exit code."""
+    """Assert one line of error with ``parts`` in it, on stdout nothing or the same as JSON, and the exit code."""
     assert said.code == code, (said.out, said.err)
-    assert said.out == ""
     lines = [line for line in said.err.splitlines() if line]
     assert len(lines) == 1, said.err
     assert lines[0].startswith("error: ")
+    assert said.out == "" or said.json == {"error": lines[0].removeprefix("error: "), "exit_code": code}
     for part in parts:
         assert part in lines[0]
 
@@ -59,6 +59,7 @@ def build(say: Say, checkpoint: Path, output: Path) -> Said:
         (["run", "bundle"], "--prompt"),
         (["run", "bundle", "--prompt", "x", "-o", "picture.jpg"], ".png"),
         (["run", "bundle", "--prompt", "x", "--steps", "0"], "--steps"),
+        (["run", "bundle", "--prompt", "x", "--threads", "1000000"], "--threads"),
         (["bench", "bundle", "--repeats", "none"], "--repeats"),
         (["completion", "dos"], "bash"),
     ],
@@ -71,6 +72,13 @@ def test_no_words_at_all_show_the_help(say: Say) -> None:
     said = say()
     assert said.code == 2
     assert "Commands:" in said.err
+
+
+def test_with_json_a_failure_is_json_too(say: Say, tmp_path: Path) -> None:
+    said = say("verify", tmp_path / "nowhere", "--json")
+    refused(said, "no such folder")
+    assert said.json["exit_code"] == 2
+    assert say("verify", "--nonsense", "--json").json["exit_code"] == 2
 
 
 # A checkpoint that is none
@@ -171,6 +179,69 @@ def test_an_output_that_exists_is_kept(say: Say, workshop: Workshop, tmp_path: P
     refused(say(*words, workshop.bundle), "--overwrite")
 
 
+@pytest.mark.parametrize(
+    ("target", "parts"),
+    [
+        ("tensorrt:sm75=bf16", ("tensorrt:sm75 has no precision 'bf16'", "fp32, fp16")),
+        ("openvino=int1", ("int1", "fp32, fp16, bf16")),
+    ],
+)
+def test_what_a_target_cannot_do_is_said_before_the_work(
+    say: Say, tmp_path: Path, target: str, parts: tuple[str, ...]
+) -> None:
+    """Before the checkpoint is even looked at."""
+    refused(say("build", tmp_path / "nowhere", "--target", target, "-o", tmp_path / "out"), *parts)
+
+
+def test_a_gpu_that_is_not_here_is_said_before_the_work(say_fresh: Say, tmp_path: Path) -> None:
+    block = "import runtimes.cuda as cuda; cuda.missing = lambda: 'no driver'"
+    words = ("build", tmp_path / "nowhere", "--target", "tensorrt", "-o", tmp_path / "out")
+    refused(say_fresh(*words, first=block), "no driver", "tensorrt:sm89")
+    block = "import sys; sys.modules['tensorrt_rtx'] = None"
+    words = ("build", tmp_path / "nowhere", "--target", "tensorrt:sm89", "-o", tmp_path / "out")
+    refused(say_fresh(*words, first=block), "pip install 'dexport[tensorrt-rtx]'")
+
+
+def test_a_picture_that_could_not_be_written_is_said_before_the_work(say: Say, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "a.png").mkdir()
+    words = ("run", tmp_path / "no-bundle", "--prompt", "x", "-o")
+    refused(say(*words, tmp_path / "file" / "sub" / "a.png"), "file", "cannot be written")
+    (tmp_path / "folder" / "000.png").mkdir(parents=True)
+    refused(say(*words, tmp_path / "folder"), "000.png", "a folder of this name")
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--guidance", "-1"], "from 0 to 1000"),
+        (["--guidance", "1e300"], "from 0 to 1000"),
+        (["--guidance", "nan"], "from 0 to 1000"),
+        (["--images", "5000"], "4096"),
+        (["--size", "99999x64"], "16384"),
+    ],
+)
+def test_a_request_beyond_reason_is_one_line(
+    say: Say, workshop: Workshop, tmp_path: Path, words: list[str], part: str
+) -> None:
+    refused(say("run", workshop.bundle, "--prompt", "red", "-o", tmp_path / "x.png", *words), part)
+    assert not list(tmp_path.iterdir())
+
+
+def test_prompts_that_are_no_text(say: Say, tmp_path: Path) -> None:
+    (tmp_path / "prompts").write_bytes(b"\xff\xfe\x00")
+    refused(say("run", "bundle", "--prompts", tmp_path / "prompts"), "prompts", "UTF-8")
+
+
+def test_a_bug_of_ours_says_so_and_exits_70(say_fresh: Say, tmp_path: Path) -> None:
+    said = say_fresh("doctor", "--json", first="import runtimes.doctor as d; d.doctor = lambda: 1 / 0")
+    assert said.code == 70
+    assert "Traceback" in said.err and said.err.splitlines()[-1].startswith("error: this is a bug of dexport")
+    assert said.json["exit_code"] == 70
+    memory = "import runtimes.doctor as d\ndef full(): raise MemoryError\nd.doctor = full"
+    refused(say_fresh("doctor", first=memory), "not enough memory")
+
+
 def test_an_unsupported_precision_says_why(say: Say, workshop: Workshop, tmp_path: Path) -> None:
     words = ("build", workshop.checkpoint, "--target", "onnxruntime", "--precision", "bf16", "-o", tmp_path / "out")
     refused(say(*words), "bf16", "fp32")
@@ -209,27 +280,37 @@ def test_a_full_disk_leaves_no_picture(say_fresh: Say, workshop: Workshop, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("moment", [".dexport-*/.hub.*", ".out.*"], ids=["while exporting", "while compiling"])
-def test_ctrl_c_leaves_nothing(workshop: Workshop, tmp_path: Path, moment: str) -> None:
-    """A real process and a real SIGINT, sent when the work has come to a certain file."""
+@pytest.mark.parametrize(
+    ("moment", "stop", "code"),
+    [
+        (".dexport-*/.hub.*", signal.SIGINT, 130),
+        (".out.*", signal.SIGINT, 130),
+        (".out.*", signal.SIGTERM, 143),
+        (".dexport-*/.hub.*", signal.SIGHUP, 129),
+    ],
+    ids=["Ctrl-C while exporting", "Ctrl-C while compiling", "TERM while compiling", "HUP while exporting"],
+)
+def test_a_stop_leaves_nothing(
+    workshop: Workshop, tmp_path: Path, moment: str, stop: signal.Signals, code: int
+) -> None:
+    """A real process and a real signal, sent when the work has come to a certain file."""
     words = ["build", workshop.checkpoint, "--target", "onnxruntime", "-o", tmp_path / "out", "--no-cache"]
     process = subprocess.Popen(
         [sys.executable, "-m", "dexport", *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        # A job in the background of a shell has SIGINT ignored, and so would its children.
-        text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        text=True, preexec_fn=lambda: signal.signal(stop, signal.SIG_DFL),  # a shell's job may have it ignored
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 600
         while not list(tmp_path.glob(moment)):
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(stop)
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
         process.wait()
-    assert process.returncode == 130, err
-    assert (out, err.strip()) == ("", "error: interrupted")
+    assert process.returncode == code, err
+    assert (out, err.strip()) == ("", "error: interrupted" if stop == signal.SIGINT else "")
     assert not list(tmp_path.iterdir())
 
 

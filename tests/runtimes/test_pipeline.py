@@ -176,7 +176,7 @@ def test_an_overflow_is_an_error_and_no_black_picture(pipeline: Pipeline, denois
         ({"images": 0}, "images must be 1 or more"),
         ({"steps": 0}, "steps must be 1 or more"),
         ({"seed": -1}, "seed must be 0 or more"),
-        ({"guidance": float("inf")}, "finite"),
+        ({"guidance": float("inf")}, "from 0 to 1000"),
         ({"guidance_batch": "both"}, "'batched' or 'sequential'"),
         ({"size": (64, 64)}, "makes images of 32x32 pixels"),
         ({"sampler": "magic"}, "no sampler 'magic'"),
