@@ -140,6 +140,6 @@ class SamplerName(click.ParamType):  # type: ignore[type-arg]  # generic only in
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """Offer the samplers by their short names."""
-        from runtimes.samplers import SAMPLERS
+        from runtimes.samplers import NAMES
 
-        return [CompletionItem(name) for name in SAMPLERS if name.startswith(incomplete)]
+        return [CompletionItem(name) for name in NAMES if name.startswith(incomplete)]

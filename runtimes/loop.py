@@ -45,7 +45,7 @@ def sample(table: Table, start: Array, model: Denoiser, noise: Callable[[], Arra
             model((row.scale * x).astype(np.float32), row.t, row), x.shape, f"the model's output at timestep {row.t:g}"
         )
         if row.h_x or row.h_m:
-            history = [np.clip(row.h_x * x + row.h_m * output, -row.clip, row.clip), *history[1:]]
+            history = [_bounded(row.h_x * x + row.h_m * output, row), *history[1:]]
         fresh = _shaped(noise(), x.shape, "the noise") if row.x_z or row.s_z else nothing
         registers = (x, saved, output, *history, fresh)
         x, saved = (
@@ -67,6 +67,16 @@ def _shaped(value: Array, shape: tuple[int, ...], what: str) -> Array:
             f"{what} holds NaN or infinity; if the bundle is fp16, build it with --precision bf16 or fp32"
         )
     return array
+
+
+def _bounded(value: Array, row: Row) -> Array:
+    """H0 within the row's bounds: clipped, or by dynamic thresholding, each sample for itself."""
+    if not row.threshold:
+        return value if row.clip == np.inf else np.clip(value, -row.clip, row.clip)
+    sizes = np.quantile(np.abs(value).reshape(len(value), -1), row.threshold, axis=1)
+    bound = np.minimum(np.maximum(sizes, 1), row.clip).reshape(-1, 1, 1, 1)
+    thresholded: Array = np.clip(value, -bound, bound) / bound
+    return thresholded
 
 
 def _combine(weights: tuple[float, ...], registers: tuple[Array, ...]) -> Array:

@@ -11,7 +11,8 @@ the rounding of diffusers' own arithmetic, at most 1e-5 of 1 - alpha_bar (with z
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,28 @@ from runtimes.errors import DexportError
 Config = Mapping[str, Any]
 Floats = NDArray[np.float64]
 
+
+@dataclass(frozen=True)
+class Ask:
+    """What a table is asked for.
+
+    timesteps, sigmas: lists in place of the config's own spacing, one value a step (sigmas: one more, the end's).
+    begin: the first step that is made; the ones before it are left out, and a history starts empty there. mu: the
+    shift of a schedule that depends on the resolution.
+    """
+
+    steps: int
+    timesteps: Sequence[float] | None = None
+    sigmas: Sequence[float] | None = None
+    begin: int = 0
+    mu: float | None = None
+
+
 BETA_LIMIT = 0.999  # of the cosine schedule, https://arxiv.org/abs/2102.09672, section 3.2
 COSINE_OFFSET = 0.008  # likewise
 ALMOST_ZERO = 2.0**-24  # stands for alpha_bar = 0 where sigma must be finite; diffusers takes the same
 KARRAS_RHO = 7.0  # https://arxiv.org/abs/2206.00364, table 1
+BETA_SHAPE = 0.6  # both parameters of the beta distribution, https://arxiv.org/abs/2407.12173, section 4
 
 
 def alpha_bars(config: Config) -> Floats:
@@ -116,78 +135,191 @@ def _check(config: Config, times: Floats, what: str) -> Floats:
     return times
 
 
-def whole(config: Config, steps: int, timesteps: Sequence[float] | None) -> NDArray[np.int64]:
+def whole(config: Config, ask: Ask) -> NDArray[np.int64]:
     """Return the timesteps of the samplers that live on whole ones, falling."""
-    times = spaced(config, steps).round() if timesteps is None else given(config, timesteps)
+    times = spaced(config, ask.steps).round() if ask.timesteps is None else given(config, ask.timesteps)
     return times.astype(np.int64)
 
 
-def leaps(config: Config, steps: int, timesteps: Sequence[float] | None) -> Iterator[tuple[int, int]]:
-    """Yield each timestep with the one that its step goes to, -1 being past the end.
+def leaps(config: Config, ask: Ask) -> list[tuple[int, int]]:
+    """Return each timestep with the one that its step goes to, -1 being past the end.
 
     As in diffusers' DDIM and PNDM a spaced step goes ``num_train_timesteps // steps`` down, which is not always the
     next timestep; on a given list it goes to the next one.
     """
-    times = whole(config, steps, timesteps)
-    stride = config["num_train_timesteps"] // steps
-    if timesteps is None:
-        yield from ((int(t), int(t) - stride) for t in times)
-    else:
-        yield from zip(times.tolist(), [*times[1:].tolist(), -1], strict=True)
+    times = whole(config, ask).tolist()
+    stride = config["num_train_timesteps"] // ask.steps
+    if ask.timesteps is None:
+        return [(t, t - stride) for t in times]
+    return list(zip(times, [*times[1:], -1], strict=True))
 
 
-def euler_sigmas(config: Config, steps: int, timesteps: Sequence[float] | None) -> tuple[Floats, Floats]:
+def euler_sigmas(config: Config, ask: Ask) -> tuple[Floats, Floats]:
     """Return timesteps [n] and sigmas [n + 1] of the samplers of k-diffusion's family; timesteps may be fractions."""
     table = sigma_table(config)
-    times = spaced(config, steps) if timesteps is None else given(config, timesteps, whole=False)
-    times = times.astype(np.float32).astype(np.float64)
-    sigmas = np.interp(times, np.arange(len(table)), table)
-    if config.get("use_karras_sigmas"):
-        _no_list("use_karras_sigmas", timesteps)
-        low, high = config.get("sigma_min"), config.get("sigma_max")
-        sigmas = karras(sigmas[-1] if low is None else low, sigmas[0] if high is None else high, steps)
-        times = times_of(sigmas, table).astype(np.float32).astype(np.float64)
+    if ask.sigmas is not None:
+        sigmas = _falling(ask.sigmas)
+        return _rounded(times_of(sigmas[:-1], table)), _rounded(sigmas)
+    times = spaced(config, ask.steps) if ask.timesteps is None else given(config, ask.timesteps, whole=False)
+    times = _rounded(times)
+    if config.get("interpolation_type") == "log_linear":
+        sigmas = exponential(float(table[0]), float(table[-1]), ask.steps + 1)
+    else:
+        sigmas = np.interp(times, np.arange(len(table)), table)
+    respaced = respace(config, sigmas, ask)
+    if respaced is not None:
+        sigmas, times = respaced, _rounded(times_of(respaced, table))
     return times, _end(config, sigmas, table)
 
 
-def dpm_sigmas(config: Config, steps: int, timesteps: Sequence[float] | None) -> tuple[Floats, Floats]:
+def dpm_sigmas(config: Config, ask: Ask) -> tuple[Floats, Floats]:
     """Return timesteps [n] and sigmas [n + 1] of DPM-Solver's family: whole timesteps of which none is 0.
 
-    ``lambda_min_clipped`` drops the timesteps of which the log of signal to noise is below it.
+    ``lambda_min_clipped`` drops the timesteps of which the log of signal to noise is below it. With
+    ``use_flow_sigmas`` the sigmas are those of a rectified flow, x = (1 - sigma) x_0 + sigma eps.
     """
     table = sigma_table(config)
-    if config["use_karras_sigmas"]:
-        _no_list("use_karras_sigmas", timesteps)
-        sigmas = karras(float(table[0]), float(table[-1]), steps)
-        times = times_of(sigmas, table)
-        # diffusers rounds for all but the cosine schedule, and then cuts to whole numbers.
-        times = np.trunc(times) if config["beta_schedule"] == "squaredcos_cap_v2" else times.round()
-        return times, _end(config, sigmas, table)
-    last = int(np.count_nonzero(-np.log(table) >= config["lambda_min_clipped"]))
-    if timesteps is None:
-        times = spaced(config, steps, points=steps + 1, last=last).round()
+    respaced = respace(config, table[::-1], ask)
+    if respaced is not None:
+        times = times_of(respaced, table)
+        # diffusers rounds Karras' and Lu's for all but the cosine schedule, and then cuts all to whole numbers.
+        if (config.get("use_karras_sigmas") or config.get("use_lu_lambdas")) and (
+            config["beta_schedule"] != "squaredcos_cap_v2"
+        ):
+            times = times.round()
+        return np.trunc(times), _end(config, respaced, table)
+    if config.get("use_flow_sigmas"):
+        _no_list("use_flow_sigmas", ask)
+        total = config["num_train_timesteps"]
+        sigmas = shifted(1 - np.linspace(1, 1 / total, ask.steps + 1), flow_shift(config, ask))[:0:-1]
+        return np.trunc(sigmas * total), _end(config, sigmas, table)
+    last = int(np.count_nonzero(-np.log(table) >= config.get("lambda_min_clipped", -math.inf)))
+    if ask.timesteps is None:
+        times = spaced(config, ask.steps, points=ask.steps + 1, last=last).round()
     else:
-        times = given(config, timesteps)
+        times = given(config, ask.timesteps)
     return times, _end(config, np.interp(times, np.arange(len(table)), table), table)
 
 
-def _no_list(option: str, timesteps: Sequence[float] | None) -> None:
-    if timesteps is not None:
-        raise DexportError(f"a list of timesteps and {option} exclude each other; leave one out")
+def level(config: Config, sigma: float) -> tuple[float, float]:
+    """Return the factors alpha and sigma of signal and noise: of a rectified flow, else of a preserved variance."""
+    if config.get("use_flow_sigmas"):
+        return 1 - sigma, sigma
+    alpha = 1 / math.sqrt(sigma**2 + 1)
+    return alpha, sigma * alpha
 
 
-def _end(config: Config, sigmas: Floats, table: Floats) -> Floats:
-    final = float(table[0]) if config.get("final_sigmas_type") == "sigma_min" else 0.0
-    return np.append(sigmas, final).astype(np.float32).astype(np.float64)
+def respace(config: Config, sigmas: Floats, ask: Ask) -> Floats | None:
+    """Return ``steps`` sigmas spread over the range of ``sigmas`` in the way that the config asks for, if it does.
+
+    The ends are ``sigma_max`` and ``sigma_min`` where the config has them.
+    """
+    wanted = [option for option in RESPACINGS if config.get(option)]
+    if not wanted:
+        return None
+    if len(wanted) > 1:
+        raise DexportError(f"{' and '.join(wanted)} exclude each other; set one of them")
+    _no_list(wanted[0], ask)
+    low, high = config.get("sigma_min"), config.get("sigma_max")
+    low = float(sigmas[-1]) if low is None else low
+    return RESPACINGS[wanted[0]](low, float(sigmas[0]) if high is None else high, ask.steps)
 
 
-def karras(low: float, high: float, steps: int) -> Floats:
+def karras(low: float, high: float, steps: int, rho: float = KARRAS_RHO) -> Floats:
     """Return ``steps`` sigmas from ``high`` down to ``low``: https://arxiv.org/abs/2206.00364, formula 5."""
-    start, end = high ** (1 / KARRAS_RHO), low ** (1 / KARRAS_RHO)
-    result: Floats = (start + np.linspace(0, 1, steps) * (end - start)) ** KARRAS_RHO
+    start, end = high ** (1 / rho), low ** (1 / rho)
+    result: Floats = (start + np.linspace(0, 1, steps) * (end - start)) ** rho
     return result
+
+
+def exponential(low: float, high: float, steps: int) -> Floats:
+    """Return ``steps`` sigmas from ``high`` down to ``low``, even in their logarithm."""
+    return np.exp(np.linspace(math.log(high), math.log(low), steps))
+
+
+def beta(low: float, high: float, steps: int) -> Floats:
+    """Return ``steps`` sigmas from ``high`` down to ``low`` at the quantiles of Beta(0.6, 0.6).
+
+    https://arxiv.org/abs/2407.12173, section 3.2: most steps near both ends.
+    """
+    quantiles = np.array([_beta_quantile(p) for p in 1 - np.linspace(0, 1, steps)])
+    result: Floats = low + quantiles * (high - low)
+    return result
+
+
+RESPACINGS: Mapping[str, Callable[[float, float, int], Floats]] = {
+    "use_karras_sigmas": karras,
+    "use_exponential_sigmas": exponential,
+    "use_beta_sigmas": beta,
+    "use_lu_lambdas": exponential,  # https://arxiv.org/abs/2206.00927, section 3.4: even in lambda = -log sigma
+}
+
+
+def _beta_quantile(p: float) -> float:
+    """The x below which Beta(0.6, 0.6) has the share ``p``: Newton's method, held inside a shrinking bracket."""
+    if p in (0.0, 1.0):
+        return p
+    if p > 0.5:  # the density is symmetric
+        return 1 - _beta_quantile(1 - p)
+    low, high, x = 0.0, 0.5, p
+    whole_beta = math.gamma(BETA_SHAPE) ** 2 / math.gamma(2 * BETA_SHAPE)
+    for _ in range(100):
+        error = _beta_share(x) - p
+        low, high = (x, high) if error < 0 else (low, x)
+        step = error * whole_beta / (x * (1 - x)) ** (BETA_SHAPE - 1)
+        x, before = (x - step if low < x - step < high else (low + high) / 2), x
+        if abs(x - before) <= 1e-16 * before:
+            break
+    return x
+
+
+def _beta_share(x: float) -> float:
+    """The regularized incomplete beta function I_x(a, a) for x up to 1/2: the series https://dlmf.nist.gov/8.17.E8."""
+    a = BETA_SHAPE
+    term = total = 1.0
+    for n in range(200):  # the ratio of terms is about x: 60 would do
+        term *= (2 * a + n) / (a + 1 + n) * x
+        total += term
+    return float((x * (1 - x)) ** a / a * total / (math.gamma(a) ** 2 / math.gamma(2 * a)))
+
+
+def shifted(sigmas: Floats, shift: float) -> Floats:
+    """Return a flow's sigmas shifted towards noise: https://arxiv.org/abs/2403.03206, formula 23."""
+    result: Floats = shift * sigmas / (1 + (shift - 1) * sigmas)
+    return result
+
+
+def flow_shift(config: Config, ask: Ask) -> float:
+    """The shift of DPM-Solver's family: the config's, or exp(mu) where it depends on the resolution."""
+    if ask.mu is None:
+        return float(config["flow_shift"])
+    if not config.get("use_dynamic_shifting"):
+        raise DexportError("this scheduler has no shift by resolution (use_dynamic_shifting is off); leave mu out")
+    return math.exp(ask.mu)
 
 
 def times_of(sigmas: Floats, table: Floats) -> Floats:
     """Return the timesteps, with fractions, at which ``table`` reaches ``sigmas``; between two, linear in the log."""
     return np.interp(np.log(sigmas), np.log(table), np.arange(len(table)))
+
+
+def _end(config: Config, sigmas: Floats, table: Floats) -> Floats:
+    final = float(table[0]) if config.get("final_sigmas_type") == "sigma_min" else 0.0
+    return _rounded(np.append(sigmas, final))
+
+
+def _rounded(values: Floats) -> Floats:
+    """As diffusers keeps them, in float32."""
+    return values.astype(np.float32).astype(np.float64)
+
+
+def _falling(sigmas: Sequence[float]) -> Floats:
+    values = np.asarray(sigmas, np.float64)
+    if values.ndim != 1 or len(values) < 2 or not (values >= 0).all() or (np.diff(values) >= 0).any():
+        raise DexportError("the list of sigmas must fall to 0 or more without a repetition; one more than steps")
+    return values
+
+
+def _no_list(option: str, ask: Ask) -> None:
+    if ask.timesteps is not None or ask.sigmas is not None:
+        raise DexportError(f"a list of timesteps or sigmas and {option} exclude each other; leave one out")

@@ -25,13 +25,18 @@ HISTORY = 4
 
 @dataclass(frozen=True)
 class Row:
-    """One call of the model and what follows it; ``clip`` is the largest magnitude that H0 keeps (inf: any)."""
+    """One call of the model and what follows it.
+
+    clip: the largest magnitude that H0 keeps (inf: any). threshold: 0, or the share of H0's values that are kept by
+    dynamic thresholding, https://arxiv.org/abs/2205.11487, section 2.3; ``clip`` then is the largest threshold.
+    """
 
     t: float
     scale: float
     h_x: float
     h_m: float
     clip: float
+    threshold: float
     x_x: float
     x_s: float
     x_m: float
@@ -47,10 +52,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A compiled sampler; its loop starts from X = init_scale * (noise of unit variance)."""
+    """A compiled sampler, whose loop starts from noise of unit variance: X = init_scale * noise.
+
+    mix: where it starts from an image instead, X = mix[0] * (the encoded image) + mix[1] * noise, as noisy as the first
+    row expects it.
+    """
 
     rows: tuple[Row, ...]
     init_scale: float
+    mix: tuple[float, float]
 
 
 class Form:
@@ -89,6 +99,7 @@ def row(
     scale: float = 1.0,
     h: Form = NOTHING,
     clip: float = math.inf,
+    threshold: float = 0.0,
     s: Form = S,
     shift: bool = False,
 ) -> Row:
@@ -102,6 +113,6 @@ def row(
     x_x, x_s, x_m, *x_h, x_z = x.weights
     s_x, s_s, s_m, *s_h, s_z = s.weights
     return Row(
-        float(t), float(scale), h_x, h_m, float(clip),
+        float(t), float(scale), h_x, h_m, float(clip), float(threshold),
         x_x, x_s, x_m, tuple(x_h), x_z, s_x, s_s, s_m, tuple(s_h), s_z, shift,
     )  # fmt: skip

@@ -1,0 +1,94 @@
+"""The samplers: from a scheduler_config.json to a table.
+
+Each solver is one function that writes its paper's formulas in the registers of runtimes.table, and one row in the
+``CLASSES`` of its module. alpha and sigma are the factors of signal and noise in x_t = alpha x_0 + sigma eps; x_0, eps
+and v are made of the model's output in one place, ``prediction.predict``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from runtimes.errors import DexportError
+from runtimes.samplers import ddim, dpm, euler, names, pndm
+from runtimes.samplers.names import NAMES
+from runtimes.samplers.sampler import OneOf, Sampler, resolve
+from runtimes.schedule import Ask
+from runtimes.table import Row, Table
+
+__all__ = ["CLASSES", "NAMES", "OneOf", "Row", "Table", "choose", "compile_table", "default_of"]
+
+CLASSES: Mapping[str, Sampler] = {**ddim.CLASSES, **pndm.CLASSES, **euler.CLASSES, **dpm.CLASSES}
+"""The samplers by the diffusers class that each stands for."""
+
+
+def compile_table(
+    scheduler: Mapping[str, Any],
+    steps: int,
+    *,
+    sampler: str | None = None,
+    timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+    begin: int = 0,
+    mu: float | None = None,
+) -> Table:
+    """Compile a diffusers scheduler config ("_class_name" included) to a table for ``steps`` steps.
+
+    sampler: another solver than the config's, by its name (``NAMES``) or its diffusers class; options that both
+    know carry over, as with diffusers' ``from_config``. timesteps: a falling list in place of the config's spacing,
+    one for each step. sigmas: likewise, and one more for the end. begin: the first step that is made, for a start from
+    an image. mu: the shift of a schedule that depends on the resolution. Beyond diffusers' options a config may hold
+    "eta" (0 to 1) for DDIM.
+    Raises DexportError for an unknown sampler and for an option that is not supported at its value.
+    """
+    name, overrides = names.find(sampler or scheduler.get("_class_name"), CLASSES)
+    found = CLASSES[name]
+    config = resolve(name, found, {**scheduler, **overrides})
+    if type(steps) is not int or steps < 1:
+        raise DexportError(f"steps must be a whole number from 1, not {steps!r}")
+    if not 0 <= begin < steps:
+        raise DexportError(f"the first step must lie between 0 and {steps - 1}, not {begin}")
+    if timesteps is not None and len(timesteps) != steps:
+        raise DexportError(f"there are {len(timesteps)} timesteps for {steps} steps; give one for each step")
+    if sigmas is not None and len(sigmas) != steps + 1:
+        raise DexportError(f"there are {len(sigmas)} sigmas for {steps} steps; give one for each step and the end's")
+    for what, value in (("timesteps", timesteps), ("sigmas", sigmas), ("mu", mu)):
+        if value is not None and what not in found.takes:
+            raise DexportError(f"{name} takes no {what} of your own; leave them out")
+    try:
+        with np.errstate(divide="raise", over="raise", invalid="raise"):
+            table = found.solver(config, Ask(steps, timesteps, sigmas, begin, mu))
+    except (ArithmeticError, ValueError, IndexError) as error:
+        raise DexportError(f"{name}: these betas and sigmas give no usable steps ({error})") from error
+    if not (math.isfinite(table.init_scale) and all(map(_finite, table.rows))):
+        raise DexportError(f"{name}: these betas and sigmas give steps that are not finite")
+    return table
+
+
+def _finite(row: Row) -> bool:
+    values = dataclasses.astuple(dataclasses.replace(row, clip=0.0))  # clip may be infinite
+    return all(math.isfinite(number) for value in values for number in (value if isinstance(value, tuple) else [value]))
+
+
+def choose(scheduler: Mapping[str, Any], sampler: str | None) -> dict[str, Any]:
+    """Return a scheduler config with ``sampler`` in place of its own solver, or as it is for None.
+
+    Raises DexportError, listing what there is, if the sampler or an option of the config is not supported.
+    """
+    config = dict(scheduler)
+    if sampler:
+        name, overrides = names.find(sampler, CLASSES)
+        config |= {"_class_name": name, **overrides}
+    compile_table(config, 1)
+    return config
+
+
+def default_of(scheduler: str, option: str) -> Any:
+    """The default of a diffusers class's option; None for a class or an option that CLASSES does not have."""
+    value = CLASSES[scheduler].options.get(option) if scheduler in CLASSES else None
+    return value.default if isinstance(value, OneOf) else value

@@ -1,0 +1,50 @@
+"""What people call samplers, in the words of several programs, and the diffusers class and options that they mean.
+
+A name is read without regard to case, spaces and dashes, with ``++`` as ``pp``: "DPM++ 2M Karras" is dpmpp_2m_karras.
+The endings in ``ENDINGS`` go with every class that has the option.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from runtimes.errors import DexportError
+from runtimes.samplers.sampler import Sampler
+
+NAMES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+}
+"""The class of each short name, and the options that the name implies."""
+
+ALIASES = {"euler_a": "euler_ancestral", "plms": "pndm"}
+ENDINGS: Mapping[str, str] = {
+    "_karras": "use_karras_sigmas",
+    "_exponential": "use_exponential_sigmas",
+    "_beta": "use_beta_sigmas",
+}
+
+
+def find(name: Any, classes: Mapping[str, Sampler]) -> tuple[str, dict[str, Any]]:
+    """Return the diffusers class that ``name`` means and the options that it implies; DexportError if none."""
+    if isinstance(name, str):
+        if name in classes:
+            return name, {}
+        plain = name.strip().lower().replace("++", "pp").replace(" ", "_").replace("-", "_")
+        ending = next((ending for ending in ENDINGS if plain.endswith(ending)), "")
+        base = plain.removesuffix(ending)
+        base = ALIASES.get(base, base)
+        if base in NAMES:
+            scheduler, options = NAMES[base]
+            if not ending:
+                return scheduler, dict(options)
+            if ENDINGS[ending] in classes[scheduler].options:
+                others = {option: False for option in ENDINGS.values() if option in classes[scheduler].options}
+                return scheduler, {**options, **others, ENDINGS[ending]: True}
+            raise DexportError(f"{base} has no form with {ending.removeprefix('_')} sigmas; take {base}")
+    raise DexportError(f"no sampler {name!r:.60}; choose one with --sampler: {', '.join(NAMES)}")
