@@ -27,10 +27,14 @@ def pndm(config: Config, ask: Ask) -> Table:
         (23 * M - 16 * H1 + 5 * H2) / 12,
         (55 * M - 59 * H1 + 37 * H2 - 9 * H3) / 24,
     ]
-    times = schedule.whole(config, ask).tolist()
-    rows = []
-    for index, t in enumerate([*times[:2], *times[1:]][ask.begin :]):
-        start, to, sample = (t + stride, t, S) if index == 1 else (t, t - stride, X)
+    leaps = schedule.leaps(config, ask)
+    rows, last = [], 0
+    for index, (t, to) in enumerate([*leaps[:2], *leaps[1:]][ask.begin :]):
+        start, sample = t, X
+        if index == 1:
+            start = t + stride if ask.timesteps is None else last
+            to, sample = t, S
+        last = t
         a, b = bars[start], bars[to] if to >= 0 else final_bar(config, bars)
         x0, eps = predict(config["prediction_type"], sqrt(a), sqrt(1 - a), sample, blends[min(index, 4)])
         x = sqrt(b) * x0 + sqrt(1 - b) * eps
@@ -48,5 +52,6 @@ CLASSES: Mapping[str, Sampler] = {
             "prediction_type": OneOf("epsilon", ("epsilon", "v_prediction")),
             "skip_prk_steps": OneOf(False, (True,)),
         },
+        ("timesteps",),
     ),
 }

@@ -250,7 +250,7 @@ def test_beginning_later_is_as_in_diffusers(case: str, prediction: str) -> None:
 def test_given_timesteps_that_are_the_spaced_ones_change_nothing(name: str) -> None:
     config = {"_class_name": "DDIMScheduler", **LATENT, "clip_sample": False, "timestep_spacing": "leading"}
     table = compile_table(config, 20, sampler=name)
-    times = [row.t for row in table.rows]
+    times = list(dict.fromkeys(row.t for row in table.rows))  # PNDM asks twice at its second
     assert table_map(compile_table(config, 20, sampler=name, timesteps=times)).samples == pytest.approx(
         table_map(table).samples, rel=1e-12, abs=1e-12
     )
