@@ -21,7 +21,8 @@ Denoiser = Callable[[Array, float, Row], Array]
 class Step:
     """What the loop has done: row ``index`` of ``total``, at timestep ``t``.
 
-    sample: X' after the row, [B, C, h, w] float64; output: the model's output, guidance applied, likewise.
+    sample: X' after the row, [B, C, h, w] float64; output: the model's output, guidance applied, likewise, without
+    what it learned of the variance.
     """
 
     index: int
@@ -35,18 +36,19 @@ def sample(table: Table, start: Array, model: Denoiser, noise: Callable[[], Arra
     """Run ``table`` and yield after each row; the caller shows progress, or stops by not asking for more.
 
     start: noise of unit variance [B, C, h, w]. model: called with the scaled sample (float32, like ``start``), the
-    timestep and the row; returns an output of that shape. noise: called for each fresh draw of that shape.
+    timestep and the row; returns an output of that shape, or of twice the channels (see runtimes.table). noise: called
+    for each fresh draw of that shape.
     Raises DexportError where a shape is wrong or the model's output is not finite.
     """
     x = table.init_scale * _shaped(start, np.shape(start), "the start")
     saved, history, nothing = x, [np.zeros_like(x)] * HISTORY, np.zeros_like(x)
     for index, row in enumerate(table.rows):
-        output = _shaped(
-            model((row.scale * x).astype(np.float32), row.t, row), x.shape, f"the model's output at timestep {row.t:g}"
-        )
+        output, learned = _halves(model((row.scale * x).astype(np.float32), row.t, row), x.shape, row)
         if row.h_x or row.h_m:
             history = [_bounded(row.h_x * x + row.h_m * output, row), *history[1:]]
         fresh = _shaped(noise(), x.shape, "the noise") if row.x_z or row.s_z else nothing
+        if row.deviation:
+            fresh = fresh * _deviation(learned, row)
         registers = (x, saved, output, *history, fresh)
         x, saved = (
             _combine((row.x_x, row.x_s, row.x_m, *row.x_h, row.x_z), registers),
@@ -67,6 +69,29 @@ def _shaped(value: Array, shape: tuple[int, ...], what: str) -> Array:
             f"{what} holds NaN or infinity; if the bundle is fp16, build it with --precision bf16 or fp32"
         )
     return array
+
+
+def _halves(value: Array, shape: tuple[int, ...], row: Row) -> tuple[Array, Array | None]:
+    """The model's output, checked, and where it has twice the channels what it learned of the variance."""
+    what, twice = f"the model's output at timestep {row.t:g}", (shape[0], 2 * shape[1], *shape[2:])
+    if np.shape(value) != twice:
+        return _shaped(value, shape, what), None
+    output, learned = np.split(_shaped(value, twice, what), 2, axis=1)
+    return output, learned
+
+
+def _deviation(learned: Array | None, row: Row) -> Array:
+    """The deviation of the noise where the model learned it."""
+    if learned is None:
+        raise DexportError(
+            "this sampler takes a learned variance, and the model's output has no channels for it; "
+            "set variance_type to 'fixed_small', or take another sampler"
+        )
+    start, slope, power = row.deviation
+    if power and (learned < 0).any():
+        raise DexportError(f"the variance that the model learned is below 0 at timestep {row.t:g}")
+    deviation: Array = np.exp(start + slope * learned) * learned**power
+    return deviation
 
 
 def _bounded(value: Array, row: Row) -> Array:

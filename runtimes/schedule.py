@@ -52,35 +52,70 @@ def alpha_bars(config: Config) -> Floats:
 
     With ``rescale_betas_zero_snr`` the last one is 0. Raises DexportError for betas outside of (0, 1) or too few.
     """
-    betas = _betas(config)
+    betas = betas_of(config)
     total = config["num_train_timesteps"]
     if betas.shape != (total,) or not ((betas > 0) & (betas < 1)).all():
         raise DexportError(f"the scheduler's betas must be {total} numbers between 0 and 1; check its config")
+    if "snr_shift_scale" in config:
+        return _shifted_bars(config, betas)
     bars = np.cumprod(np.float32(1) - betas, dtype=np.float64)
     if config.get("rescale_betas_zero_snr"):
-        root = np.sqrt(bars)  # https://arxiv.org/abs/2305.08891, algorithm 1
-        scaled: Floats = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
-        return scaled
+        return _zero_snr(bars)
     return bars.astype(np.float32).astype(np.float64)
 
 
-def _betas(config: Config) -> NDArray[np.float32]:
+def _shifted_bars(config: Config, betas: Floats | NDArray[np.float32]) -> Floats:
+    """alpha_bar with the ratio of signal to noise divided by ``snr_shift_scale``, https://arxiv.org/abs/2408.06072.
+
+    In the precision of diffusers' CogVideoX: "scaled_linear" in float64, all else in float32.
+    """
+    if config["trained_betas"] is None and config["beta_schedule"] == "scaled_linear":
+        start, end, total = config["beta_start"], config["beta_end"], config["num_train_timesteps"]
+        betas = np.linspace(math.sqrt(start), math.sqrt(end), total) ** 2
+    shift = float(config["snr_shift_scale"])
+    plain: NDArray[np.floating] = np.cumprod(1 - betas, dtype=np.float64).astype(betas.dtype)
+    bars = (plain / (shift + (1 - shift) * plain)).astype(np.float64)
+    return _zero_snr(bars) if config["rescale_betas_zero_snr"] else bars
+
+
+def _zero_snr(bars: Floats) -> Floats:
+    """Return alpha_bar rescaled so that nothing is left of the signal at the end."""
+    root = np.sqrt(bars)  # https://arxiv.org/abs/2305.08891, algorithm 1
+    scaled: Floats = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+    return scaled
+
+
+def betas_of(config: Config) -> NDArray[np.float32]:
+    """Return beta for t = 0 .. num_train_timesteps - 1, by ``beta_schedule`` or as ``trained_betas`` lists them."""
     start, end, total = config["beta_start"], config["beta_end"], config["num_train_timesteps"]
     if config["trained_betas"] is not None:
         return np.asarray(config["trained_betas"], np.float32)
     if config["beta_schedule"] == "linear":
-        return _linspace(start, end, total)
+        return linspace(start, end, total)
     if config["beta_schedule"] == "scaled_linear":
-        return np.square(_linspace(math.sqrt(start), math.sqrt(end), total))
+        return np.square(linspace(math.sqrt(start), math.sqrt(end), total))
 
-    def signal(t: float) -> float:
-        return math.cos((t + COSINE_OFFSET) / (1 + COSINE_OFFSET) * math.pi / 2) ** 2
-
+    if config["beta_schedule"] == "sigmoid":
+        # https://arxiv.org/abs/2203.02923, appendix; in torch's order of float32 operations
+        steep = 1 / (1 + np.exp(-linspace(-6, 6, total).astype(np.float64)))
+        return steep.astype(np.float32) * np.float32(end - start) + np.float32(start)
+    signal = _laplace if config["beta_schedule"] == "laplace" else _cosine
     betas = [min(1 - signal((i + 1) / total) / signal(i / total), BETA_LIMIT) for i in range(total)]
     return np.asarray(betas, np.float32)
 
 
-def _linspace(start: float, end: float, count: int) -> NDArray[np.float32]:
+def _cosine(t: float) -> float:
+    """alpha_bar at the share ``t`` of the way: https://arxiv.org/abs/2102.09672, formula 17."""
+    return math.cos((t + COSINE_OFFSET) / (1 + COSINE_OFFSET) * math.pi / 2) ** 2
+
+
+def _laplace(t: float) -> float:
+    """Likewise, https://arxiv.org/abs/2407.03297, table 1, in diffusers' form: the root of a share of the signal."""
+    ratio = math.exp(-0.5 * math.copysign(1, 0.5 - t) * math.log(1 - 2 * abs(0.5 - t) + 1e-6))
+    return math.sqrt(ratio / (1 + ratio))
+
+
+def linspace(start: float, end: float, count: int) -> NDArray[np.float32]:
     """torch.linspace in float32, bit for bit: a float32 step, counted from the nearer end, rounded once."""
     first, last = np.float32(start), np.float32(end)
     step = np.float64((last - first) / np.float32(max(count - 1, 1)))

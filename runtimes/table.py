@@ -9,6 +9,9 @@ M the model's output and Z fresh noise::
     S' = s_x X + s_s S + s_m M + sum s_h[j] H_j + s_z Z
     then, where ``shift`` is set, H3 = H2, H2 = H1, H1 = H0
 
+A model that learned the variance of its steps gives twice the channels: M is the first half; the second, V, scales Z
+where ``deviation`` says so, and is left out elsewhere.
+
 A solver writes none of these scalars. It composes the registers below by + - * /, as its paper does, and ``row`` reads
 the scalars off.
 """
@@ -29,6 +32,8 @@ class Row:
 
     clip: the largest magnitude that H0 keeps (inf: any). threshold: 0, or the share of H0's values that are kept by
     dynamic thresholding, https://arxiv.org/abs/2205.11487, section 2.3; ``clip`` then is the largest threshold.
+    deviation: () for Z of unit variance, or (a, b, power), by which Z is of the deviation exp(a + b V) V^power.
+    guidance: the scale of guidance at this call, which the model, not the loop, applies; at most 1: none.
     """
 
     t: float
@@ -48,6 +53,8 @@ class Row:
     s_h: tuple[float, ...]
     s_z: float
     shift: bool
+    deviation: tuple[float, ...] = ()
+    guidance: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,7 @@ def row(
     threshold: float = 0.0,
     s: Form = S,
     shift: bool = False,
+    deviation: tuple[float, ...] = (),
 ) -> Row:
     """Write a row: X' = x, H0 = clip(h), S' = s (kept by default), the model called at ``t`` with scale * X.
 
@@ -114,5 +122,5 @@ def row(
     s_x, s_s, s_m, *s_h, s_z = s.weights
     return Row(
         float(t), float(scale), h_x, h_m, float(clip), float(threshold),
-        x_x, x_s, x_m, tuple(x_h), x_z, s_x, s_s, s_m, tuple(s_h), s_z, shift,
+        x_x, x_s, x_m, tuple(x_h), x_z, s_x, s_s, s_m, tuple(s_h), s_z, shift, deviation,
     )  # fmt: skip

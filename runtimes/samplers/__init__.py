@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.errors import DexportError
-from runtimes.samplers import ddim, dpm, euler, names, pndm
+from runtimes.samplers import ddim, ddpm, dpm, euler, names, pndm
 from runtimes.samplers.names import NAMES
 from runtimes.samplers.sampler import OneOf, Sampler, resolve
 from runtimes.schedule import Ask
@@ -23,7 +23,7 @@ from runtimes.table import Row, Table
 
 __all__ = ["CLASSES", "NAMES", "OneOf", "Row", "Table", "choose", "compile_table", "default_of"]
 
-CLASSES: Mapping[str, Sampler] = {**ddim.CLASSES, **pndm.CLASSES, **euler.CLASSES, **dpm.CLASSES}
+CLASSES: Mapping[str, Sampler] = {**ddim.CLASSES, **ddpm.CLASSES, **pndm.CLASSES, **euler.CLASSES, **dpm.CLASSES}
 """The samplers by the diffusers class that each stands for."""
 
 

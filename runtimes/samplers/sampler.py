@@ -47,6 +47,9 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "sigma_min": (1e-6, 1e6),
     "sigma_max": (1e-6, 1e6),
     "lambda_min_clipped": (-math.inf, 100),  # -inf drops no timestep
+    "snr_shift_scale": (1e-3, 1e3),
+    "scaler": (1e-3, 1e3),
+    "s": (0, 1),
 }
 """The smallest and largest values of options that are numbers: beyond them lies no schedule, or endless memory."""
 

@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -37,6 +37,7 @@ LATENT = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_lin
 COSINE = {"beta_schedule": "squaredcos_cap_v2"}
 OWN = {"trained_betas": np.linspace(0.001, 0.03, 400).tolist(), "num_train_timesteps": 400}
 ZERO_SNR = {**LATENT, "rescale_betas_zero_snr": True}
+STEP_OPTIONS = ("eta", "use_clipped_model_output")  # which diffusers takes as arguments of step()
 
 DOUBLE_LIMIT = 1e-10  # with diffusers' code in float64; the same cancellation leaves 1e-12 there
 
@@ -97,9 +98,12 @@ def diffusers_scheduler(
     lists: "timesteps", "sigmas" or "mu", as its ``set_timesteps`` takes them.
     """
     scheduler = copy.copy(made(kind, json.dumps(config)))
-    if double:
+    if double and hasattr(scheduler, "alphas_cumprod"):
         scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
-        if config.get("rescale_betas_zero_snr"):
+        if config.get("rescale_betas_zero_snr") and "snr_shift_scale" in scheduler.config:
+            bars = made(kind, json.dumps({**config, "rescale_betas_zero_snr": False})).alphas_cumprod.double()
+            scheduler.alphas_cumprod = sys.modules[kind.__module__].rescale_zero_terminal_snr(bars)
+        elif config.get("rescale_betas_zero_snr"):
             alphas = 1 - made(kind, json.dumps({**config, "rescale_betas_zero_snr": False})).betas
             betas = rescale_zero_terminal_snr(1 - alphas.double())
             last = scheduler.alphas_cumprod[-1]  # not 0 in classes that divide by it
@@ -107,27 +111,35 @@ def diffusers_scheduler(
     listed = any(name in lists for name in ("timesteps", "sigmas"))
     scheduler.set_timesteps(**({} if listed else {"num_inference_steps": steps}), **lists)
     if double:
-        for name in ("final_alpha_cumprod", "one", "sigmas"):
+        for name in ("final_alpha_cumprod", "initial_alpha_cumprod", "one", "sigmas"):
             if hasattr(scheduler, name):
                 setattr(scheduler, name, getattr(scheduler, name).double())
     if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(begin * scheduler.order)
+        scheduler.set_begin_index(begin * getattr(scheduler, "order", 1))
     return scheduler
 
 
 def diffusers_map(
-    config: dict[str, Any], steps: int, *, double: bool, kind: str | None = None, begin: int = 0, **lists: Any
+    config: dict[str, Any],
+    steps: int,
+    *,
+    double: bool,
+    kind: str | None = None,
+    begin: int = 0,
+    adapt: Callable[[Any], Any] = lambda scheduler: scheduler,
+    **lists: Any,
 ) -> Map:
     """What diffusers makes of the unit vectors; ``kind``: another class than the config's.
 
+    adapt: wraps a scheduler whose step() takes other arguments than most, to be called as its pipeline does.
     Where it begins at a later step, the start is what the first unit vector says, of scale 1.
     """
-    extra = {"eta": config["eta"]} if "eta" in config else {}
-    known = {key: value for key, value in config.items() if key != "eta"}
-    scheduler = diffusers_scheduler(
-        getattr(diffusers, kind or config["_class_name"]), known, steps, double, begin, **lists
-    )
-    times = scheduler.timesteps[begin * scheduler.order :]
+    extra = {key: value for key, value in config.items() if key in STEP_OPTIONS}
+    known = {key: value for key, value in config.items() if key not in STEP_OPTIONS}
+    named = getattr(diffusers.schedulers, kind or config["_class_name"])
+    scheduler = diffusers_scheduler(named, known, steps, double, begin, **lists)
+    scheduler, plain = adapt(scheduler), scheduler
+    times = scheduler.timesteps[begin * getattr(scheduler, "order", 1) :]
     rows = len(times)
     unit = units(rows)
     inputs, samples = [], []
@@ -135,7 +147,7 @@ def diffusers_map(
     with Float64() if double else contextlib.nullcontext():
         for index, t in enumerate(times):
             inputs.append(scheduler.scale_model_input(sample, t).flatten())
-            with diffusers_noise(scheduler, lambda index=index: unit[1 + rows + index]):
+            with diffusers_noise(plain, lambda index=index: unit[1 + rows + index]):
                 sample = scheduler.step(torch.from_numpy(unit[1 + index]), t, sample, **extra).prev_sample
             samples.append(sample.flatten())
     return Map(times.double().numpy(), torch.stack(inputs).numpy(), torch.stack(samples).numpy())
