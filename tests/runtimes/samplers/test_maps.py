@@ -315,7 +315,6 @@ def test_every_option_of_the_class_is_known_with_its_default(kind: str) -> None:
         ("DDIMScheduler", {"trained_betas": [0.1, 0.2]}, "must be 1000 numbers"),
         ("DDPMScheduler", {"variance_type": "unknown"}, "variance_type='unknown'"),
         ("DPMSolverMultistepScheduler", {"variance_type": "learned"}, "variance_type='learned'"),
-        ("PNDMScheduler", {}, "skip_prk_steps=False"),
         ("PNDMScheduler", {"skip_prk_steps": True, "prediction_type": "sample"}, "prediction_type='sample'"),
         ("EulerDiscreteScheduler", {"interpolation_type": "log_linear"}, "interpolation_type='log_linear'"),
         ("EulerDiscreteScheduler", {"timestep_type": "continuous"}, "timestep_type='continuous'"),
