@@ -15,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dexport.plot import plot
     from exporter.build import Built, build
     from exporter.build import compile_hub as compile
     from exporter.hub import export
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from runtimes.doctor import doctor
     from runtimes.errors import DexportError, GateError, IntegrityError
     from runtimes.pipeline import Pipeline, Request, Result
+    from runtimes.samplers.describe import describe as sampler
 
     load = Pipeline.load
 
@@ -45,6 +47,8 @@ __all__ = [
     "export",
     "inspect",
     "load",
+    "plot",
+    "sampler",
     "verify",
 ]
 
@@ -63,6 +67,8 @@ _HOMES = {
     "export": "exporter.hub:export",
     "inspect": "exporter.inspect:inspect",
     "load": "runtimes.pipeline:Pipeline.load",
+    "plot": "dexport.plot:plot",
+    "sampler": "runtimes.samplers.describe:describe",
     "verify": "runtimes.bundle:verify",
 }
 """Where each public name lives: module, colon, the way to it inside the module."""

@@ -11,7 +11,7 @@ import click
 
 import dexport
 from dexport import console, tables
-from dexport.group import FAILED_GATE, Face, SamplerName, Shape, TargetName
+from dexport.group import FAILED_GATE, Face, Numbers, SamplerName, Shape, TargetName
 from runtimes.errors import DexportError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -225,7 +225,25 @@ def compile_(
 )
 @click.option("--negative-prompt", default="", help="What not to draw.")
 @click.option("--steps", type=click.IntRange(1), help="Steps of the sampler.")
-@click.option("--guidance", type=float, help="How strongly the prompt steers; 1 is not at all, and twice as fast.")
+@click.option(
+    "--guidance", type=Numbers(),
+    help="How strongly the prompt steers; 1 is not at all, and twice as fast. Several, like 9,5,1, are spread over the "
+    "steps.",
+)  # fmt: skip
+@click.option(
+    "--guidance-interval",
+    type=Numbers(2),
+    default=(0.0, 1.0),
+    help="The part of the steps that is guided, like 0.2,0.8.",
+)
+@click.option(
+    "--guidance-rescale", type=click.FloatRange(0, 1), default=0.0, help="How far the contrast that guidance adds goes."
+)
+@click.option("--image", "image_file", type=FOLDER, help="Start from this picture instead of noise.")
+@click.option(
+    "--strength", type=click.FloatRange(0, 1, min_open=True), default=0.8, show_default=True,
+    help="How much of the picture of --image may change.",
+)  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Image i has SEED + i.")
 @click.option("--images", type=click.IntRange(1), default=1, show_default=True, help="Images for each prompt.")
 @click.option("--sampler", type=SamplerName(), help="Another sampler than the checkpoint's.")
@@ -245,6 +263,7 @@ def run(
     bundle: Path,
     prompts: tuple[str, ...],
     prompt_file: Any,
+    image_file: Path | None,
     threads: int | None,
     cache: Path | None,
     output: Path,
@@ -266,6 +285,7 @@ def run(
         raise click.UsageError("no prompt given; use --prompt or --prompts")
     files = console.image_files(output, len(every) * settings["images"])
     console.check_places(files)
+    settings["image"] = console.open_image(image_file) if image_file else None
     with console.working() as progress:
         pipeline = dexport.load(bundle, threads=threads, cache=cache)
         result = pipeline(every, progress=progress, **settings)
@@ -278,6 +298,33 @@ def run(
     else:
         for file in files:
             click.echo(file)
+
+
+@main.command()
+@click.argument("name", type=SamplerName())
+@click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="Steps of the sampler.")
+@click.option("--of", "source", type=FOLDER, help="Take the schedule of this checkpoint, hub, bundle or .json.")
+@click.option("--plot", type=FOLDER, help="Draw noise and timesteps against the steps into this .png, .svg or .pdf.")
+@json_option
+def sampler(name: str, steps: int, source: Path | None, plot: Path | None, as_json: bool) -> None:
+    """Show the table of the sampler NAME.
+
+    NAME is a short name, like dpmpp_2m_karras or "DPM++ 2M Karras", or a class of diffusers. Each row is a call of
+    the model: at which timestep, how noisy the sample is there, and what becomes of it. X is the sample, S a saved one,
+    M the model's output, H0 to H3 a history, Z fresh noise.
+
+    \b
+    Example:
+      dexport sampler euler_karras --steps 10 --plot euler.png
+    """
+    with console.working():
+        found = dexport.sampler(name, steps=steps, source=source)
+        if plot:
+            dexport.plot(found, plot)
+    if as_json:
+        console.print_json(found)
+    else:
+        tables.rows(found)
 
 
 @main.command()

@@ -100,6 +100,19 @@ def image_files(output: Path, count: int) -> list[Path]:
     return [output / f"{index:03d}.png" for index in range(count)]
 
 
+def open_image(file: Path) -> Image:
+    """Read a picture; DexportError for what is none."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(file) as image:
+            image.load()
+            return image.copy()
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else "not a picture that can be read"
+        raise DexportError(f"{file}: {why}") from error
+
+
 def check_places(files: Sequence[Path]) -> None:
     """Raise DexportError, before any work, where one of these pictures could not be written."""
     for file in files:

@@ -110,6 +110,28 @@ class Shape(click.ParamType):  # type: ignore[type-arg]  # generic only in later
         return int(found[1]), int(found[2])
 
 
+class Numbers(click.ParamType):  # type: ignore[type-arg]  # generic only in later clicks
+    """One number, or ``least`` and more of them with commas between."""
+
+    name = "numbers"
+
+    def __init__(self, least: int = 1) -> None:
+        """How many there must be."""
+        self.least = least
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return a float for one number, and a tuple of floats for several."""
+        if not isinstance(value, str):
+            return value
+        try:
+            numbers = tuple(float(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is no number, nor numbers with commas between", param, ctx)
+        if len(numbers) < self.least:
+            self.fail(f"{value!r} must be {self.least} numbers with a comma between", param, ctx)
+        return numbers[0] if len(numbers) == 1 else numbers
+
+
 class TargetName(click.ParamType):  # type: ignore[type-arg]  # generic only in later clicks
     """A target that ``Target.parse`` knows, with completion; where ``precise``, also ``target=precision``."""
 

@@ -69,6 +69,26 @@ def times(found: Mapping[str, Any]) -> None:
     print_table(("part", "batch", "load", "median"), rows, f"{found['target']} {found['precision']}")
 
 
+def rows(found: Mapping[str, Any]) -> None:
+    """A sampler's table: a line for each call of the model, columns that never change left out."""
+    from runtimes.samplers.describe import formula
+
+    title = f"{found['sampler']}, {found['steps']} steps, X starts as {found['init_scale']:.6g} x noise"
+    lines = []
+    for row in found["rows"]:
+        h0 = formula(row["H0"]) if row["H0"] else ""
+        if row["clip"] is not None:
+            h0 += f", within {row['clip']:g}"
+        saved = formula(row["S"]) if row["S"] != {"S": 1.0} else ""
+        sigma = f"{row['sigma']:.4g}" if row["sigma"] is not None else ""
+        lines.append(
+            (f"{row['t']:g}", sigma, f"{row['scale']:.4g}", h0, formula(row["X"]), saved, "yes" * row["shift"])
+        )
+    heads = ("t", "sigma", "model gets X times", "H0 becomes", "X becomes", "S becomes", "history shifts")
+    used = [index for index in range(len(heads)) if any(line[index] for line in lines)]
+    print_table([heads[index] for index in used], [[line[index] for index in used] for line in lines], title)
+
+
 def machine(found: Mapping[str, Any]) -> None:
     """What ``doctor`` found: a paragraph for each backend and each further extra."""
     click.echo(f"Python {found['python']}, {found['system']}, {found['cores']} cores")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, PngImagePlugin
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 
 KEY = "dexport"  # the PNG text chunk that holds the settings as JSON
 
@@ -20,6 +20,17 @@ def to_images(array: NDArray[Any]) -> list[Image.Image]:
     """Turn float [B, 3, H, W] in [0, 1] into RGB pictures, rounding to the nearest of 256 levels."""
     pixels = np.rint(np.clip(array, 0, 1) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
     return [Image.fromarray(picture) for picture in pixels]
+
+
+def to_array(image: Image.Image, size: tuple[int, int]) -> NDArray[np.float32]:
+    """Turn a picture into float32 [1, 3, H, W] in [0, 1] of ``size`` (height, width).
+
+    Transparent parts become white; a picture of another size is scaled to fill this one, and cut evenly at its sides.
+    """
+    rgba = image.convert("RGBA")
+    flat = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    fitted = ImageOps.fit(flat, (size[1], size[0]), Image.Resampling.LANCZOS)
+    return np.asarray(fitted, np.float32).transpose(2, 0, 1)[None] / np.float32(255)
 
 
 def save_png(image: Image.Image, file: Path, settings: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache as memoize
 from pathlib import Path
 from typing import Any, Literal
@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from runtimes import bundle, loop, samplers
+from runtimes import bundle, guidance, loop, samplers
 from runtimes.errors import DexportError, Progress, silent
-from runtimes.image import to_images
+from runtimes.image import to_array, to_images
 from runtimes.manifest import Manifest, Model, Stage
 from runtimes.session import Session, require, run_batched
 from runtimes.target import Target
@@ -26,7 +26,6 @@ Batching = Literal["batched", "sequential"]
 # Beyond these a request is a slip of the keyboard, and would end in a machine without memory instead of one line.
 MOST_IMAGES = 4096  # in one call
 LONGEST_SIDE = 16384  # pixels
-LARGEST_GUIDANCE = 1000
 SHOWN = 80  # characters of a prompt in a warning
 
 
@@ -38,10 +37,15 @@ class Request:
     negative_prompt: str = ""
     images: int = 1  # for each prompt
     steps: int | None = None
-    guidance: float | None = None  # 1 or less: the negative prompt is not used, and a step costs half
+    # Up to 1 the negative prompt is not used, and a step costs half. Several scales are spread over the steps.
+    guidance: float | Sequence[float] | None = None
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # the part of the steps that is guided
+    guidance_rescale: float = 0.0  # 0 to 1: how far the contrast that guidance adds is taken back
     seed: int = 0
     sampler: str | None = None
     size: tuple[int, int] | None = None  # height and width in pixels, where the bundle is of dynamic shape
+    image: Image.Image | None = None  # start from this picture, made noisy by ``strength``
+    strength: float = 0.8  # 0 to 1: the part of the steps that is made of a picture
     guidance_batch: Batching = "batched"  # with and without prompt in one call, or in two that need less memory
 
 
@@ -110,14 +114,22 @@ class Pipeline:
         """
         request = self._checked(request)
         stage = self.model.stages[0]
-        table = samplers.compile_table(stage.scheduler, request.steps or stage.steps, sampler=request.sampler)
+        steps = request.steps or stage.steps
+        table = samplers.compile_table(
+            stage.scheduler, steps, sampler=request.sampler, begin=_first_step(request, steps)
+        )
+        table = guidance.plan(table, self._scale(request), request.guidance_interval)
         count = len(request.prompts) * request.images
         shape = self.sample_shape(request)
         draw = noise or loop.noise_source([request.seed + index for index in range(count)], shape)
         start = draw()
         if start.shape != (count, *shape):
             raise DexportError(f"the start noise has shape {list(start.shape)}, not {[count, *shape]}")
-        yield from loop.sample(table, start, self._denoiser(stage, request), draw)
+        if request.image is not None:
+            signal, noisy = table.mix
+            start = signal * self.encode(to_array(request.image, self._pixels(request))) + noisy * start
+            table = replace(table, init_scale=1.0)
+        yield from loop.sample(table, start, self._denoiser(stage, request, table), draw)
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[dict[str, Array], list[str]]:
         """Return the text graph's inputs, and for each prompt the words that did not fit."""
@@ -181,8 +193,10 @@ class Pipeline:
             raise DexportError(f"steps must be 1 or more, not {request.steps}")
         if request.seed < 0:
             raise DexportError(f"a seed must be 0 or more, not {request.seed}")
-        if request.guidance is not None and not 0 <= request.guidance <= LARGEST_GUIDANCE:
-            raise DexportError(f"guidance must be a number from 0 to {LARGEST_GUIDANCE}, not {request.guidance}")
+        if not 0 <= request.guidance_rescale <= 1:
+            raise DexportError(f"guidance_rescale must be a number from 0 to 1, not {request.guidance_rescale}")
+        if not 0 < request.strength <= 1:
+            raise DexportError(f"strength must be above 0 and at most 1, not {request.strength}")
         if len(request.prompts) * request.images > MOST_IMAGES:
             count = f"{len(request.prompts)} x {request.images}"
             raise DexportError(f"{count} images are too many for one call; ask for {MOST_IMAGES} at most")
@@ -192,10 +206,20 @@ class Pipeline:
             raise DexportError(f"guidance_batch is 'batched' or 'sequential', not {request.guidance_batch!r}")
         return request
 
-    def _denoiser(self, stage: Stage, request: Request) -> Callable[[Array, float, samplers.Row], Array]:
-        """The model as the loop calls it: with the prompt's conditioning, and guided where guidance is on."""
-        scale = stage.guidance.scale if request.guidance is None else request.guidance
-        guided = stage.guidance.kind == "cfg" and scale > 1
+    def _scale(self, request: Request) -> float | Sequence[float]:
+        return self.model.stages[0].guidance.scale if request.guidance is None else request.guidance
+
+    def _pixels(self, request: Request) -> tuple[int, int]:
+        """Height and width of the images."""
+        factor = self.model.stages[0].factor
+        _, height, width = self.sample_shape(request)
+        return height * factor, width * factor
+
+    def _denoiser(
+        self, stage: Stage, request: Request, table: samplers.Table
+    ) -> Callable[[Array, float, samplers.Row], Array]:
+        """The model as the loop calls it: with the prompt's conditioning, and guided where the row says so."""
+        guided = stage.guidance.kind == "cfg" and any(row.guidance > 1 for row in table.rows)
         with_prompt = self._conditioning(stage, request.prompts, request.images)
         count = len(request.prompts) * request.images
         if guided:
@@ -208,15 +232,13 @@ class Pipeline:
             return run_batched(session, {"sample": sample, "timestep": timestep, **conditioning})["output"]
 
         def model(sample: Array, t: float, row: samplers.Row) -> Array:
-            if not guided:
+            if not guided or row.guidance <= 1:
                 return call(sample, t, with_prompt)
             if request.guidance_batch == "batched":
                 without_out, with_out = np.split(call(np.concatenate([sample, sample]), t, both), 2)
             else:
                 without_out, with_out = call(sample, t, without), call(sample, t, with_prompt)
-            # In float64: with a large scale the difference of two near outputs would lose digits.
-            base = without_out.astype(np.float64)
-            return base + scale * (with_out - base)
+            return guidance.guide(without_out, with_out, row.guidance, request.guidance_rescale)
 
         return model
 
@@ -237,12 +259,27 @@ class Pipeline:
             "negative_prompt": request.negative_prompt,
             "seed": request.seed + index,
             "steps": request.steps or stage.steps,
-            "guidance": stage.guidance.scale if request.guidance is None else request.guidance,
+            "guidance": self._scale(request),
             "sampler": request.sampler or stage.scheduler["_class_name"],
         }
+        for name, default in (("guidance_interval", (0.0, 1.0)), ("guidance_rescale", 0.0)):
+            if (value := getattr(request, name)) != default:
+                settings[name] = value
+        if request.image is not None:
+            settings["strength"] = request.strength
         if self.manifest is not None:
             settings |= {"target": self.manifest.target, "precision": self.manifest.precision}
         return settings
+
+
+def _first_step(request: Request, steps: int) -> int:
+    """The step that a picture starts at, as in diffusers: int(strength * steps) steps are made."""
+    if request.image is None:
+        return 0
+    made = min(int(steps * request.strength), steps)
+    if not made:
+        raise DexportError(f"a strength of {request.strength:g} leaves none of {steps} steps; raise one of them")
+    return steps - made
 
 
 def _short(words: str) -> str:

@@ -18,7 +18,7 @@ AT_IMPORT = {
     "runtimes": {"numpy", "PIL"},
     "calibration": {"numpy", "onnx", "onnx_ir", "ml_dtypes"},
     "exporter": None,  # the machine that exports has everything
-    "dexport": {"click", "rich"},
+    "dexport": {"click", "matplotlib", "rich"},
 }
 """What a package may import from outside the standard library when it is imported; None: anything."""
 
@@ -26,7 +26,7 @@ EVER = {
     "runtimes": {"numpy", "PIL", "tokenizers", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cuda"},
     "calibration": {"numpy", "onnx", "onnx_ir", "ml_dtypes"},
     "exporter": None,
-    "dexport": {"click", "rich", "numpy", "PIL"},
+    "dexport": {"click", "matplotlib", "rich", "numpy", "PIL"},
 }
 """What it may import inside functions as well."""
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.errors import DexportError
-from runtimes.samplers import ddim, ddpm, dpm, euler, names, pndm
+from runtimes.samplers import ddim, ddpm, dpm, euler, names, pndm, score_sde
 from runtimes.samplers.names import NAMES
 from runtimes.samplers.sampler import OneOf, Sampler, resolve
 from runtimes.schedule import Ask
@@ -23,7 +23,14 @@ from runtimes.table import Row, Table
 
 __all__ = ["CLASSES", "NAMES", "OneOf", "Row", "Table", "choose", "compile_table", "default_of"]
 
-CLASSES: Mapping[str, Sampler] = {**ddim.CLASSES, **ddpm.CLASSES, **pndm.CLASSES, **euler.CLASSES, **dpm.CLASSES}
+CLASSES: Mapping[str, Sampler] = {
+    **ddim.CLASSES,
+    **ddpm.CLASSES,
+    **pndm.CLASSES,
+    **score_sde.CLASSES,
+    **euler.CLASSES,
+    **dpm.CLASSES,
+}
 """The samplers by the diffusers class that each stands for."""
 
 
@@ -36,14 +43,18 @@ def compile_table(
     sigmas: Sequence[float] | None = None,
     begin: int = 0,
     mu: float | None = None,
+    start: float = 0.0,
+    end: float = 1.0,
 ) -> Table:
     """Compile a diffusers scheduler config ("_class_name" included) to a table for ``steps`` steps.
 
     sampler: another solver than the config's, by its name (``NAMES``) or its diffusers class; options that both
     know carry over, as with diffusers' ``from_config``. timesteps: a falling list in place of the config's spacing,
-    one for each step. sigmas: likewise, and one more for the end. begin: the first step that is made, for a start from
-    an image. mu: the shift of a schedule that depends on the resolution. Beyond diffusers' options a config may hold
-    "eta" (0 to 1) for DDIM.
+    one for each step. sigmas: likewise, and one more for the end. mu: the shift of a schedule that depends on the
+    resolution. begin: the first step that is made, for a start from an image. start, end: the part of the noise's way
+    that is made, for models that share it: the timesteps from 1 - end to 1 - start of those that the model was trained
+    on, as diffusers' denoising_start and denoising_end. Beyond diffusers' options a config may hold "eta" (0 to 1) for
+    DDIM.
     Raises DexportError for an unknown sampler and for an option that is not supported at its value.
     """
     name, overrides = names.find(sampler or scheduler.get("_class_name"), CLASSES)
@@ -60,6 +71,14 @@ def compile_table(
     for what, value in (("timesteps", timesteps), ("sigmas", sigmas), ("mu", mu)):
         if value is not None and what not in found.takes:
             raise DexportError(f"{name} takes no {what} of your own; leave them out")
+    if not 0 <= start < end <= 1:
+        raise DexportError(f"start and end must rise within 0 to 1, not {start:g} to {end:g}")
+    if start:
+        times = [row.t for row in compile_table(scheduler, steps, sampler=sampler, timesteps=timesteps, mu=mu).rows]
+        left = sum(t < _cutoff(config, start) for t in times)
+        begin = max(begin, (len(times) - left) // found.order)  # of two calls in a step the first is never left out
+        if begin >= steps:
+            raise DexportError(f"no step of {steps} is left after the start at {start:g}; take more steps")
     try:
         with np.errstate(divide="raise", over="raise", invalid="raise"):
             table = found.solver(config, Ask(steps, timesteps, sigmas, begin, mu))
@@ -67,7 +86,18 @@ def compile_table(
         raise DexportError(f"{name}: these betas and sigmas give no usable steps ({error})") from error
     if not (math.isfinite(table.init_scale) and all(map(_finite, table.rows))):
         raise DexportError(f"{name}: these betas and sigmas give steps that are not finite")
+    if end < 1:
+        made = sum(row.t >= _cutoff(config, end) for row in table.rows)
+        if not made:
+            raise DexportError(f"no step of {steps} is made before the end at {end:g}; take more steps")
+        table = dataclasses.replace(table, rows=table.rows[:made])
     return table
+
+
+def _cutoff(config: Mapping[str, Any], share: float) -> int:
+    """The timestep at a share of the way from noise to image."""
+    total = int(config["num_train_timesteps"])
+    return round(total - share * total)
 
 
 def _finite(row: Row) -> bool:

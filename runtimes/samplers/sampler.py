@@ -28,12 +28,13 @@ class Sampler:
 
     options: each option with its default or, where not every value is supported, ``OneOf``. A class's options that are
     not here (and all of other classes) are ignored, as diffusers' ``from_config`` ignores what a class does not know.
-    takes: which of "timesteps", "sigmas" and "mu" may be given in place of the config's own.
+    order: calls of the model in a step, but for the last, as diffusers' ``order``. takes: which of "timesteps", "sigmas" and "mu" may be given in place of the config's own.
     """
 
     solver: Solver
     options: Mapping[str, Any]
     takes: tuple[str, ...] = ()
+    order: int = 1
 
 
 RANGES: Mapping[str, tuple[float, float]] = {
@@ -46,10 +47,13 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "sample_max_value": (0, 1e6),
     "sigma_min": (1e-6, 1e6),
     "sigma_max": (1e-6, 1e6),
-    "lambda_min_clipped": (-math.inf, 100),  # -inf drops no timestep
     "snr_shift_scale": (1e-3, 1e3),
     "scaler": (1e-3, 1e3),
     "s": (0, 1),
+    "sampling_eps": (0, 1),
+    "beta_min": (0, 1e3),
+    "beta_max": (0, 1e3),
+    "lambda_min_clipped": (-math.inf, 100),  # -inf drops no timestep
 }
 """The smallest and largest values of options that are numbers: beyond them lies no schedule, or endless memory."""
 

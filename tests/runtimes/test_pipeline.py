@@ -186,3 +186,25 @@ def test_wrong_requests_are_one_clear_line(pipeline: Pipeline, settings: dict[st
     with pytest.raises(DexportError, match=message) as error:
         last(pipeline, Request(**{"prompts": ["red"], **settings}))
     assert "\n" not in str(error.value)
+
+
+def test_steps_outside_of_the_interval_cost_half(pipeline: Pipeline, denoiser: Denoiser) -> None:
+    last(pipeline, Request(["red"], steps=10, guidance_interval=(0.2, 0.5)))
+    assert denoiser.batches == [1] * 2 + [2] * 3 + [1] * 5
+    denoiser.batches.clear()
+    last(pipeline, Request(["red"], steps=4, guidance=[1.0, 4.0]))
+    assert denoiser.batches == [1, 2, 2, 2]
+
+
+def test_settings_tell_of_guidance_only_what_was_asked(pipeline: Pipeline) -> None:
+    plain = pipeline("red", steps=2).settings[0]
+    assert plain["guidance"] == 5.0 and not {"guidance_interval", "guidance_rescale", "strength"} & set(plain)
+    asked = pipeline("red", steps=2, guidance_interval=(0.0, 0.5), guidance_rescale=0.7).settings[0]
+    assert (asked["guidance_interval"], asked["guidance_rescale"]) == ((0.0, 0.5), 0.7)
+
+
+def test_a_picture_needs_an_encoder(pipeline: Pipeline) -> None:
+    from PIL import Image
+
+    with pytest.raises(DexportError, match="no encoder"):
+        pipeline("red", image=Image.new("RGB", (32, 32)))

@@ -1,0 +1,92 @@
+"""A sampler's table for people and for plots: what each call of the model gets, and what becomes of its output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from runtimes import bundle, samplers, strict_json
+from runtimes.errors import DexportError
+from runtimes.manifest import Model, from_json
+from runtimes.table import Row
+
+REGISTERS = ("X", "S", "M", "H0", "H1", "H2", "H3", "Z")
+
+
+def describe(name: str, *, steps: int = 20, source: Path | str | None = None) -> dict[str, Any]:
+    """Compile the sampler ``name`` and return, ready for JSON::
+
+        {"sampler": diffusers class, "steps", "calls", "init_scale",
+         "rows": [{"t", "sigma", "scale", "H0", "clip", "threshold", "X", "S", "shift"}]}
+
+    H0, X and S are what the registers become, as sums by register: {"X": 0.98, "M": -0.1}. sigma is the ratio of
+    noise to signal at a step's first call; None at its others, and where there is no signal. source: a checkpoint, hub,
+    bundle or scheduler_config.json whose schedule is taken; the defaults of the class for None.
+    Raises DexportError for an unknown sampler, wrong steps, and a source that has no schedule.
+    """
+    scheduler = {} if source is None else scheduler_of(Path(source))
+    table = samplers.compile_table(scheduler, steps, sampler=name)
+    rows = [_row(row) for row in table.rows]
+    for begin in range(steps):
+        try:
+            later = samplers.compile_table(scheduler, steps, sampler=name, begin=begin)
+        except DexportError:
+            break  # fewer steps than asked for: a schedule may leave some out
+        signal, noise = later.mix
+        rows[len(rows) - len(later.rows)]["sigma"] = noise / signal if signal else None
+    return {
+        "sampler": samplers.names.find(name, samplers.CLASSES)[0],
+        "steps": steps,
+        "calls": len(rows),
+        "init_scale": table.init_scale,
+        "rows": rows,
+    }
+
+
+def scheduler_of(path: Path) -> dict[str, Any]:
+    """Return the scheduler config of a checkpoint, hub, bundle or .json; DexportError where there is none."""
+    if (path / bundle.MANIFEST).is_file():
+        return dict(bundle.load_manifest(path, check=False).model.stages[0].scheduler)
+    if (path / bundle.HUB).is_file():
+        file = path / bundle.HUB
+        return dict(from_json(Model, file.read_text(encoding="utf-8"), str(file)).stages[0].scheduler)
+    file = path / "scheduler" / "scheduler_config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise DexportError(f"{path}: there is no checkpoint, hub, bundle or scheduler_config.json")
+    try:
+        config = strict_json.loads(file.read_bytes(), finite=False)
+    except ValueError as error:
+        raise DexportError(f"{file}: not valid JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise DexportError(f"{file}: not a scheduler's config")
+    return config
+
+
+def _row(row: Row) -> dict[str, Any]:
+    return {
+        "t": row.t,
+        "sigma": None,
+        "scale": row.scale,
+        "H0": _sum((row.h_x, 0.0, row.h_m)),
+        "clip": row.clip if math.isfinite(row.clip) else None,
+        "threshold": row.threshold or None,
+        "X": _sum((row.x_x, row.x_s, row.x_m, *row.x_h, row.x_z)),
+        "S": _sum((row.s_x, row.s_s, row.s_m, *row.s_h, row.s_z)),
+        "shift": row.shift,
+    }
+
+
+def _sum(weights: tuple[float, ...]) -> dict[str, float]:
+    return {name: weight for name, weight in zip(REGISTERS, weights, strict=False) if weight}
+
+
+def formula(terms: Mapping[str, float]) -> str:
+    """A sum as people write it: ``0.98 X - 0.1 M``."""
+    text = ""
+    for name, weight in terms.items():
+        sign = (" - " if text else "-") if weight < 0 else (" + " if text else "")
+        size = abs(weight)
+        text += sign + (name if size == 1 else f"{size:.4g} {name}")
+    return text or "0"
