@@ -121,7 +121,7 @@ def linspace(start: float, end: float, count: int) -> NDArray[np.float32]:
     step = np.float64((last - first) / np.float32(max(count - 1, 1)))
     index = np.arange(count)
     rising, falling = np.float64(first) + step * index, np.float64(last) - step * (count - 1 - index)
-    return np.where(index < count // 2, rising, falling).astype(np.float32)
+    return np.where(index < max(count // 2, 1), rising, falling).astype(np.float32)
 
 
 def sigma_table(config: Config) -> Floats:

@@ -29,12 +29,20 @@ ENDINGS: Mapping[str, str] = {
     "_beta": "use_beta_sigmas",
 }
 
+REFUSED: Mapping[str, str] = {
+    "KarrasVeScheduler": "its model reads (x + 1) / 2 of a sample to which noise is added first, which no table of "
+    "factors holds; take EulerDiscreteScheduler or HeunDiscreteScheduler with a model that predicts eps",
+}
+"""The diffusers classes that cannot be a table, and why."""
+
 
 def find(name: Any, classes: Mapping[str, Sampler]) -> tuple[str, dict[str, Any]]:
     """Return the diffusers class that ``name`` means and the options that it implies; DexportError if none."""
     if isinstance(name, str):
         if name in classes:
             return name, {}
+        if name in REFUSED:
+            raise DexportError(f"{name} is not supported: {REFUSED[name]}")
         plain = name.strip().lower().replace("++", "pp").replace(" ", "_").replace("-", "_")
         ending = next((ending for ending in ENDINGS if plain.endswith(ending)), "")
         base = plain.removesuffix(ending)

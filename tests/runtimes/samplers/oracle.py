@@ -112,7 +112,7 @@ def diffusers_scheduler(
     scheduler.set_timesteps(**({} if listed else {"num_inference_steps": steps}), **lists)
     if double:
         for name in ("final_alpha_cumprod", "initial_alpha_cumprod", "one", "sigmas"):
-            if hasattr(scheduler, name):
+            if getattr(scheduler, name, None) is not None:
                 setattr(scheduler, name, getattr(scheduler, name).double())
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(begin * getattr(scheduler, "order", 1))

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtimes import loop
+from runtimes import loop, schedule
 from runtimes.errors import DexportError
 from runtimes.samplers import compile_table
 from tests.runtimes.samplers.oracle import (
@@ -287,3 +287,9 @@ def test_a_wrong_deviation_is_detected() -> None:
 def test_saved_configs_are_read(config: dict[str, Any]) -> None:
     saved = json.loads(getattr(diffusers, config["_class_name"])().to_json_string())
     assert compile_table(saved, 7) == compile_table(config, 7)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 10, 999, 1000])
+def test_linspace_is_that_of_torch(count: int) -> None:
+    for start, end in ((1e-4, 0.02), (1, 1e-3), (-6, 6)):
+        assert (schedule.linspace(start, end, count) == torch.linspace(start, end, count).numpy()).all()
