@@ -108,8 +108,10 @@ def _combine(weights: tuple[float, ...], registers: tuple[Array, ...]) -> Array:
     terms = [(weight, register) for weight, register in zip(weights, registers, strict=True) if weight]
     if len(terms) == 1 and terms[0][0] == 1:
         return terms[0][1]  # a register that is kept needs no copy: none is ever written to
-    total = np.zeros_like(registers[0])
-    for weight, register in terms:
+    if not terms:
+        return np.zeros_like(registers[0])
+    total: Array = terms[0][0] * terms[0][1]
+    for weight, register in terms[1:]:
         total += weight * register
     return total
 

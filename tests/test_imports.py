@@ -18,7 +18,7 @@ AT_IMPORT = {
     "runtimes": {"numpy", "PIL"},
     "calibration": {"numpy", "onnx", "onnx_ir", "ml_dtypes"},
     "exporter": None,  # the machine that exports has everything
-    "dexport": {"click", "matplotlib", "rich"},
+    "dexport": {"click", "rich"},
 }
 """What a package may import from outside the standard library when it is imported; None: anything."""
 
