@@ -22,7 +22,7 @@ class Step:
     """What the loop has done: row ``index`` of ``total``, at timestep ``t``.
 
     sample: X' after the row, [B, C, h, w] float64; output: the model's output, guidance applied, likewise, without
-    what it learned of the variance.
+    what it learned of the variance; 0 where the row did not call it.
     """
 
     index: int
@@ -32,21 +32,32 @@ class Step:
     output: Array
 
 
-def sample(table: Table, start: Array, model: Denoiser, noise: Callable[[], Array]) -> Iterator[Step]:
+def sample(
+    table: Table,
+    start: Array,
+    model: Denoiser,
+    noise: Callable[[], Array],
+    known: tuple[Array, Array] | None = None,
+) -> Iterator[Step]:
     """Run ``table`` and yield after each row; the caller shows progress, or stops by not asking for more.
 
     start: noise of unit variance [B, C, h, w]. model: called with the scaled sample (float32, like ``start``), the
     timestep and the row; returns an output of that shape, or of twice the channels (see runtimes.table). noise: called
-    for each fresh draw of that shape.
+    for each fresh draw of that shape. known: an image of that shape and a mask, 1 where it stays and 0 where it is
+    painted, for a sampler that keeps a known part (RePaintScheduler).
     Raises DexportError where a shape is wrong or the model's output is not finite.
     """
     x = table.init_scale * _shaped(start, np.shape(start), "the start")
     saved, history, nothing = x, [np.zeros_like(x)] * HISTORY, np.zeros_like(x)
+    image, mask = _known(known, table, x.shape) if known else (nothing, None)
     for index, row in enumerate(table.rows):
-        output, learned = _halves(model((row.scale * x).astype(np.float32), row.t, row), x.shape, row)
+        output, learned = nothing, None
+        if row.calls:
+            output, learned = _halves(model((row.scale * x).astype(np.float32), row.t, row), x.shape, row)
         if row.h_x or row.h_m:
             history = [_bounded(row.h_x * x + row.h_m * output, row), *history[1:]]
-        fresh = _shaped(noise(), x.shape, "the noise") if row.x_z or row.s_z else nothing
+        drawn = row.x_z or row.s_z or (row.known and mask is not None)
+        fresh = _shaped(noise(), x.shape, "the noise") if drawn else nothing
         if row.deviation:
             fresh = fresh * _deviation(learned, row)
         registers = (x, saved, output, *history, fresh)
@@ -54,6 +65,8 @@ def sample(table: Table, start: Array, model: Denoiser, noise: Callable[[], Arra
             _combine((row.x_x, row.x_s, row.x_m, *row.x_h, row.x_z), registers),
             _combine((row.s_x, row.s_s, row.s_m, *row.s_h, row.s_z), registers),
         )
+        if row.known and mask is not None:
+            x = mask * (row.known[0] * image + row.known[1] * fresh) + (1 - mask) * x
         if row.shift:
             history = [history[0], *history[:-1]]
         yield Step(index, len(table.rows), row.t, x, output)
@@ -69,6 +82,20 @@ def _shaped(value: Array, shape: tuple[int, ...], what: str) -> Array:
             f"{what} holds NaN or infinity; if the bundle is fp16, build it with --precision bf16 or fp32"
         )
     return array
+
+
+def _known(known: tuple[Array, Array], table: Table, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """The known image and its mask, checked."""
+    if not any(row.known for row in table.rows):
+        raise DexportError("this sampler keeps no known part of an image; take RePaintScheduler, or leave the mask out")
+    image, mask = _shaped(known[0], shape, "the known image"), np.asarray(known[1], np.float64)
+    if np.ndim(mask) != 4 or any(m not in (1, n) for m, n in zip(mask.shape, shape, strict=True)):
+        raise DexportError(
+            f"the mask has the shape {list(mask.shape)}; it must go over that of the image, {list(shape)}"
+        )
+    if not ((mask >= 0) & (mask <= 1)).all():
+        raise DexportError("the mask must hold numbers from 0 (paint) to 1 (keep)")
+    return image, mask
 
 
 def _halves(value: Array, shape: tuple[int, ...], row: Row) -> tuple[Array, Array | None]:

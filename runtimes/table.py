@@ -10,7 +10,8 @@ M the model's output and Z fresh noise::
     then, where ``shift`` is set, H3 = H2, H2 = H1, H1 = H0
 
 A model that learned the variance of its steps gives twice the channels: M is the first half; the second, V, scales Z
-where ``deviation`` says so, and is left out elsewhere.
+where ``deviation`` says so, and is left out elsewhere. Where a part of an image is known, a row with ``known`` puts it
+back: X' = mask (known[0] image + known[1] Z) + (1 - mask) X'.
 
 A solver writes none of these scalars. It composes the registers below by + - * /, as its paper does, and ``row`` reads
 the scalars off.
@@ -33,6 +34,8 @@ class Row:
     clip: the largest magnitude that H0 keeps (inf: any). threshold: 0, or the share of H0's values that are kept by
     dynamic thresholding, https://arxiv.org/abs/2205.11487, section 2.3; ``clip`` then is the largest threshold.
     deviation: () for Z of unit variance, or (a, b, power), by which Z is of the deviation exp(a + b V) V^power.
+    known: () or the factors of a known image and of Z, as noisy as the sample is after the row. calls: whether the
+    model is called; M is 0 where it is not.
     guidance: the scale of guidance at this call, which the model, not the loop, applies; at most 1: none.
     """
 
@@ -54,6 +57,8 @@ class Row:
     s_z: float
     shift: bool
     deviation: tuple[float, ...] = ()
+    known: tuple[float, ...] = ()
+    calls: bool = True
     guidance: float = 1.0
 
 
@@ -110,6 +115,8 @@ def row(
     s: Form = S,
     shift: bool = False,
     deviation: tuple[float, ...] = (),
+    known: tuple[float, ...] = (),
+    calls: bool = True,
 ) -> Row:
     """Write a row: X' = x, H0 = clip(h), S' = s (kept by default), the model called at ``t`` with scale * X.
 
@@ -122,5 +129,5 @@ def row(
     s_x, s_s, s_m, *s_h, s_z = s.weights
     return Row(
         float(t), float(scale), h_x, h_m, float(clip), float(threshold),
-        x_x, x_s, x_m, tuple(x_h), x_z, s_x, s_s, s_m, tuple(s_h), s_z, shift, deviation,
+        x_x, x_s, x_m, tuple(x_h), x_z, s_x, s_s, s_m, tuple(s_h), s_z, shift, deviation, known, calls,
     )  # fmt: skip

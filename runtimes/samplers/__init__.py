@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.errors import DexportError
-from runtimes.samplers import ddim, ddpm, dpm, euler, names, pndm, score_sde
+from runtimes.samplers import ddim, ddpm, dpm, euler, names, pndm, repaint, score_sde
 from runtimes.samplers.names import NAMES
 from runtimes.samplers.sampler import OneOf, Sampler, resolve
 from runtimes.schedule import Ask
@@ -27,6 +27,7 @@ CLASSES: Mapping[str, Sampler] = {
     **ddim.CLASSES,
     **ddpm.CLASSES,
     **pndm.CLASSES,
+    **repaint.CLASSES,
     **score_sde.CLASSES,
     **euler.CLASSES,
     **dpm.CLASSES,

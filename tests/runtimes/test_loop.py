@@ -16,7 +16,8 @@ import torch
 
 from runtimes import loop, schedule
 from runtimes.errors import DexportError
-from runtimes.samplers import NAMES, compile_table
+from runtimes.samplers import NAMES, Table, compile_table
+from runtimes.table import M, X, Z, row
 
 MU, SPREAD = 0.3, 0.5
 SCHEDULE: dict[str, Any] = {
@@ -231,3 +232,66 @@ def test_wrong_arrays_give_clear_errors(start: np.ndarray, model: Any, noise: An
     table = compile_table(SCHEDULE, 3, sampler="euler_ancestral")
     with pytest.raises(DexportError, match=words):
         list(loop.sample(table, start, model, noise))
+
+
+def test_a_learned_variance_scales_the_noise_of_each_element() -> None:
+    start, learned = normal(2, *SHAPE), np.abs(normal(2, *SHAPE, seed=1))
+
+    def model(x: np.ndarray, t: float, row: object) -> np.ndarray:
+        return np.concatenate([3 * start, learned], axis=1)
+
+    for deviation, expected in (
+        ((0.25, -0.5, 0.0), np.exp(0.25 - 0.5 * learned)),
+        ((0.0, 0.0, 0.5), np.sqrt(learned)),
+        ((), 1.0),  # what the model learned is left out
+    ):
+        table = Table((row(5, M + 2 * Z, deviation=deviation),), 1.0, (1.0, 0.0))
+        (step,) = loop.sample(table, start, model, lambda: np.ones_like(start))
+        assert step.output.shape == start.shape
+        np.testing.assert_allclose(step.sample, 3 * start + 2 * expected, rtol=1e-15)
+
+
+def test_a_row_may_leave_the_model_out() -> None:
+    start = normal(1, *SHAPE)
+    table = Table((row(5, 2 * X + M, calls=False), row(4, X + M)), 1.0, (1.0, 0.0))
+    calls: list[float] = []
+
+    def model(x: np.ndarray, t: float, row: object) -> np.ndarray:
+        calls.append(t)
+        return np.ones_like(x)
+
+    first, second = loop.sample(table, start, model, never)
+    assert calls == [4.0]
+    assert (first.sample == 2 * start).all()
+    assert (first.output == 0).all()
+    assert (second.sample == 2 * start + 1).all()
+
+
+def test_a_known_part_is_put_back_as_noisy_as_the_row_says() -> None:
+    start, image, draw = normal(1, *SHAPE), normal(1, *SHAPE, seed=1), normal(1, *SHAPE, seed=2)
+    mask = np.zeros((1, 1, 6, 6))
+    mask[..., :3] = 1
+    table = Table((row(5, X - M, known=(0.6, 0.8)),), 1.0, (1.0, 0.0))
+    model = lambda x, t, row: x.astype(np.float64)  # noqa: E731
+    (step,) = loop.sample(table, start, model, lambda: draw, (image, mask))
+    np.testing.assert_allclose(step.sample[..., :3], (0.6 * image + 0.8 * draw)[..., :3], rtol=1e-15)
+    assert np.abs(step.sample[..., 3:]).max() < 1e-6  # the model's input is float32
+    (step,) = loop.sample(table, start, model, never)  # nothing known: no noise either
+    assert np.abs(step.sample).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "mask", "words"),
+    [
+        ("ddim", normal(1, *SHAPE), np.ones((1, 1, 6, 6)), "take RePaintScheduler, or leave the mask out"),
+        ("RePaintScheduler", normal(1, 3, 6, 6), np.ones((1, 1, 6, 6)), "the known image has the shape"),
+        ("RePaintScheduler", normal(1, *SHAPE), np.ones((6, 6)), r"the mask has the shape \[6, 6\]"),
+        ("RePaintScheduler", normal(1, *SHAPE), np.ones((1, 1, 3, 6)), r"the mask has the shape \[1, 1, 3, 6\]"),
+        ("RePaintScheduler", normal(1, *SHAPE), np.full((1, 1, 6, 6), 255.0), "numbers from 0"),
+        ("RePaintScheduler", normal(1, *SHAPE), np.full((1, 1, 6, 6), np.nan), "numbers from 0"),
+    ],
+)
+def test_a_wrong_known_part_gives_a_clear_error(name: str, image: np.ndarray, mask: np.ndarray, words: str) -> None:
+    table = compile_table(SCHEDULE, 3, sampler=name)
+    with pytest.raises(DexportError, match=words):
+        list(loop.sample(table, normal(1, *SHAPE), gaussian(), lambda: normal(1, *SHAPE), (image, mask)))

@@ -285,7 +285,7 @@ def test_defaults_of_a_live_scheduler_do_not_carry_over() -> None:
 
 
 # Our options that in diffusers are arguments of a method, or the older name of an option.
-OURS = {"eta", "use_clipped_model_output", "set_alpha_to_zero"}
+OURS = {"eta", "use_clipped_model_output", "set_alpha_to_zero", "jump_length", "jump_n_sample"}
 # Options of diffusers' classes that act only together with one that is refused.
 IDLE = {"dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type"}
 
