@@ -34,6 +34,7 @@ def repaint(config: Config, ask: Ask) -> Table:
     for before, place in pairwise([count, *_walk(count, config["jump_length"], config["jump_n_sample"])]):
         t = place * stride
         if place > before:
+            # As in diffusers these are the betas above ``before``, though the sample is a step below it.
             kept = float(np.prod(1 - betas[before * stride : t]))
             rows.append(row(t, sqrt(kept) * X + sqrt(1 - kept) * Z, calls=False))
             continue

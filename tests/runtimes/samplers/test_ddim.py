@@ -7,6 +7,7 @@ import itertools
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -153,6 +154,17 @@ def test_cogvideox_clips_nothing(kind: str) -> None:
     assert {row.clip for row in rows} == {np.inf}
 
 
+@pytest.mark.parametrize("begin", [0, 4, 9])
+@pytest.mark.parametrize("kind", ["DDIMParallelScheduler", *COGVIDEOX])
+def test_an_image_is_noised_as_in_diffusers(kind: str, begin: int) -> None:
+    scheduler = getattr(diffusers, kind)(**LATENT)
+    scheduler.set_timesteps(10)
+    image, noise = torch.ones(1, 1, 1, 1).double(), torch.zeros(1, 1, 1, 1).double()
+    first = scheduler.timesteps[begin : begin + 1]
+    mix = [float(scheduler.add_noise(*pair, first)) for pair in ((image, noise), (noise, image))]
+    assert compile_table({"_class_name": kind, **LATENT}, 10, begin=begin).mix == pytest.approx(mix, rel=1e-6)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     kind=st.sampled_from(["DDIMScheduler", "DDIMParallelScheduler", "DDIMInverseScheduler", *COGVIDEOX]),
@@ -198,7 +210,7 @@ def test_clipped_trajectory_is_that_of_diffusers(kind: str, options: dict[str, A
     start, *values = random.standard_normal((1 + 2 * steps, 2, 3, 4, 4))
     known = {key: value for key, value in options.items() if key not in STEP_OPTIONS}
     extra = {key: value for key, value in options.items() if key in STEP_OPTIONS}
-    scheduler = diffusers_scheduler(getattr(__import__("diffusers"), kind), known, steps, True)
+    scheduler = diffusers_scheduler(getattr(diffusers, kind), known, steps, True)
     theirs, sample = [], torch.from_numpy(start)
     for t, output, draw in zip(scheduler.timesteps, values[:steps], values[steps:], strict=True):
         with diffusers_noise(scheduler, lambda draw=draw: draw):
