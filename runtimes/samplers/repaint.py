@@ -48,8 +48,6 @@ def repaint(config: Config, ask: Ask) -> Table:
 
 def _walk(count: int, length: int, times: int) -> list[int]:
     """The places from count - 1 to 0, with each stretch of ``length`` gone over ``times`` times: figure 9 there."""
-    if length < 1 or times < 1:
-        raise DexportError(f"jump_length and jump_n_sample must be 1 or more, not {length} and {times}")
     left = dict.fromkeys(range(0, count - length, length), times - 1)
     walk, place = [], count
     while place:

@@ -51,6 +51,8 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "scaler": (1e-3, 1e3),
     "s": (0, 1),
     "sampling_eps": (0, 1),
+    "jump_length": (1, 100_000),
+    "jump_n_sample": (1, 1000),
     "beta_min": (0, 1e3),
     "beta_max": (0, 1e3),
     "lambda_min_clipped": (-math.inf, 100),  # -inf drops no timestep

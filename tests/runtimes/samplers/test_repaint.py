@@ -144,7 +144,7 @@ def test_trained_betas_may_be_a_list() -> None:
     ("options", "steps", "words"),
     [
         ({"eta": 1.5}, 5, "eta must lie between 0 and 1"),
-        ({"jump_length": 0}, 5, "jump_length and jump_n_sample must be 1 or more, not 0 and 10"),
+        ({"jump_length": 0}, 5, "jump_length=0 must be a number from 1"),
         ({"beta_schedule": "laplace"}, 5, "beta_schedule='laplace'"),
         ({}, 1001, "steps must be at most 1000"),
     ],
