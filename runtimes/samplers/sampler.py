@@ -55,6 +55,8 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "jump_n_sample": (1, 1000),
     "beta_min": (0, 1e3),
     "beta_max": (0, 1e3),
+    "shift": (1e-3, 1e3),
+    "shift_terminal": (0, 0.999),
     "lambda_min_clipped": (-math.inf, 100),  # -inf drops no timestep
 }
 """The smallest and largest values of options that are numbers: beyond them lies no schedule, or endless memory."""

@@ -114,6 +114,9 @@ def diffusers_scheduler(
         for name in ("final_alpha_cumprod", "initial_alpha_cumprod", "one", "sigmas"):
             if getattr(scheduler, name, None) is not None:
                 setattr(scheduler, name, getattr(scheduler, name).double())
+        if hasattr(scheduler, "get_scalings_for_boundary_condition_discrete"):  # of a whole t, in float32 otherwise
+            scalings = scheduler.get_scalings_for_boundary_condition_discrete
+            scheduler.get_scalings_for_boundary_condition_discrete = lambda t: scalings(t.double())
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(begin * getattr(scheduler, "order", 1))
     return scheduler
@@ -143,10 +146,11 @@ def diffusers_map(
     rows = len(times)
     unit = units(rows)
     inputs, samples = [], []
-    sample = torch.from_numpy(unit[0]) * (1.0 if begin else scheduler.init_noise_sigma)
+    sample = torch.from_numpy(unit[0]) * (1.0 if begin else getattr(scheduler, "init_noise_sigma", 1.0))
+    scaled = getattr(scheduler, "scale_model_input", lambda sample, t: sample)  # which flows have no use for
     with Float64() if double else contextlib.nullcontext():
         for index, t in enumerate(times):
-            inputs.append(scheduler.scale_model_input(sample, t).flatten())
+            inputs.append(scaled(sample, t).flatten())
             with diffusers_noise(plain, lambda index=index: unit[1 + rows + index]):
                 sample = scheduler.step(torch.from_numpy(unit[1 + index]), t, sample, **extra).prev_sample
             samples.append(sample.flatten())
