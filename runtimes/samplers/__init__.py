@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.errors import DexportError
-from runtimes.samplers import ddim, ddpm, dpm, euler, flow, names, pndm, repaint, score_sde
+from runtimes.samplers import consistency, ddim, ddpm, dpm, euler, flow, names, pndm, repaint, score_sde
 from runtimes.samplers.names import NAMES
 from runtimes.samplers.sampler import OneOf, Sampler, resolve
 from runtimes.schedule import Ask
@@ -32,6 +32,7 @@ CLASSES: Mapping[str, Sampler] = {
     **euler.CLASSES,
     **dpm.CLASSES,
     **flow.CLASSES,
+    **consistency.CLASSES,
 }
 """The samplers by the diffusers class that each stands for."""
 

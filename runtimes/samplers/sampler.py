@@ -55,6 +55,11 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "jump_n_sample": (1, 1000),
     "beta_min": (0, 1e3),
     "beta_max": (0, 1e3),
+    "original_inference_steps": (1, 100_000),
+    "timestep_scaling": (0, 1e6),
+    "sigma_data": (1e-6, 1e6),
+    "s_noise": (0, 1e3),
+    "rho": (1e-3, 1e3),
     "shift": (1e-3, 1e3),
     "shift_terminal": (0, 0.999),
     "lambda_min_clipped": (-math.inf, 100),  # -inf drops no timestep
