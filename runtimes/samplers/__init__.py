@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from runtimes.errors import DexportError
-from runtimes.samplers import consistency, ddim, ddpm, dpm, euler, flow, names, pndm, repaint, score_sde
+from runtimes.samplers import consistency, ddim, ddpm, dpm, euler, flow, flow_other, names, pndm, repaint, score_sde
 from runtimes.samplers.names import NAMES
 from runtimes.samplers.sampler import OneOf, Sampler, resolve
 from runtimes.schedule import Ask
 from runtimes.table import Row, Table
 
-__all__ = ["CLASSES", "NAMES", "OneOf", "Row", "Table", "choose", "compile_table", "default_of"]
+__all__ = ["CLASSES", "NAMES", "REFUSED", "OneOf", "Row", "Table", "choose", "compile_table", "default_of"]
 
 CLASSES: Mapping[str, Sampler] = {
     **ddim.CLASSES,
@@ -32,9 +32,13 @@ CLASSES: Mapping[str, Sampler] = {
     **euler.CLASSES,
     **dpm.CLASSES,
     **flow.CLASSES,
+    **flow_other.CLASSES,
     **consistency.CLASSES,
 }
 """The samplers by the diffusers class that each stands for."""
+
+REFUSED: Mapping[str, str] = {**flow_other.REFUSED}
+"""Classes of diffusers that no table can stand for, with the reason."""
 
 
 def compile_table(
@@ -57,10 +61,10 @@ def compile_table(
     resolution. begin: the first step that is made, for a start from an image. start, end: the part of the noise's way
     that is made, for models that share it: the timesteps from 1 - end to 1 - start of those that the model was trained
     on, as diffusers' denoising_start and denoising_end. Beyond diffusers' options a config may hold "eta" (0 to 1) for
-    DDIM.
+    DDIM and TCD.
     Raises DexportError for an unknown sampler and for an option that is not supported at its value.
     """
-    name, overrides = names.find(sampler or scheduler.get("_class_name"), CLASSES)
+    name, overrides = _find(sampler or scheduler.get("_class_name"))
     found = CLASSES[name]
     config = resolve(name, found, {**scheduler, **overrides})
     if type(steps) is not int or steps < 1:
@@ -76,6 +80,8 @@ def compile_table(
             raise DexportError(f"{name} takes no {what} of your own; leave them out")
     if not 0 <= start < end <= 1:
         raise DexportError(f"start and end must rise within 0 to 1, not {start:g} to {end:g}")
+    if (start or end < 1) and (not found.counts_down or config.get("invert_sigmas")):
+        raise DexportError(f"{name}: its timesteps do not fall from num_train_timesteps; leave start and end out")
     if start:
         times = [row.t for row in compile_table(scheduler, steps, sampler=sampler, timesteps=timesteps, mu=mu).rows]
         left = sum(t < _cutoff(config, start) for t in times)
@@ -97,6 +103,12 @@ def compile_table(
     return table
 
 
+def _find(name: Any) -> tuple[str, dict[str, Any]]:
+    if isinstance(name, str) and name in REFUSED:
+        raise DexportError(f"{name} is not supported: {REFUSED[name]}")
+    return names.find(name, CLASSES)
+
+
 def _cutoff(config: Mapping[str, Any], share: float) -> int:
     """The timestep at a share of the way from noise to image."""
     total = int(config["num_train_timesteps"])
@@ -115,9 +127,12 @@ def choose(scheduler: Mapping[str, Any], sampler: str | None) -> dict[str, Any]:
     """
     config = dict(scheduler)
     if sampler:
-        name, overrides = names.find(sampler, CLASSES)
+        name, overrides = _find(sampler)
         config |= {"_class_name": name, **overrides}
-    compile_table(config, 1)
+    name, overrides = _find(config.get("_class_name"))
+    dynamic = resolve(name, CLASSES[name], {**config, **overrides}).get("use_dynamic_shifting")
+    # A shift by resolution is known when there is one; any does here.
+    compile_table(config, 1, mu=1.0 if dynamic and "mu" in CLASSES[name].takes else None)
     return config
 
 

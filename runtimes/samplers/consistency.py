@@ -188,11 +188,13 @@ CLASSES: Mapping[str, Sampler] = {
             "clip_denoised": True,
         },
         ("timesteps",),
+        counts_down=False,
     ),
     "SCMScheduler": Sampler(
         trigflow,
         {"num_train_timesteps": 1000, "prediction_type": OneOf("trigflow", ("trigflow",)), "sigma_data": 0.5},
         ("timesteps",),
+        counts_down=False,
     ),
     "ConsistencyDecoderScheduler": Sampler(decoder, {"num_train_timesteps": 1024, "sigma_data": 0.5}),
 }

@@ -196,6 +196,18 @@ def test_consistency_is_that_of_diffusers(options: dict[str, Any]) -> None:
         assert not different, f"{steps} steps: {different}"
 
 
+def test_consistency_ends_without_noise() -> None:
+    # In diffusers' float32 sigma_min squared may exceed itself, and the last step takes the root of what is below 0.
+    low = next(low for low in np.linspace(0.002, 0.05, 400).tolist() if np.float32(low) ** 2 < np.float32(low**2))
+    scheduler = diffusers.CMStochasticIterativeScheduler(sigma_min=low)
+    scheduler.set_timesteps(2)
+    sample = torch.zeros(1, 1, 1, 1)
+    for t in scheduler.timesteps:
+        sample = scheduler.step(torch.zeros_like(sample), t, scheduler.scale_model_input(sample, t)).prev_sample
+    assert sample.isnan().all()
+    assert compile_table({"_class_name": CM, "sigma_min": low}, 2).rows[-1].x_z == 0
+
+
 @pytest.mark.parametrize("times", [[22, 0], [39, 30, 17, 0], [35], [17, 4]])
 def test_consistency_takes_timesteps(times: list[float]) -> None:
     config = {"_class_name": CM, "clip_denoised": False, "sigma_min": float(np.float32(0.002))}
