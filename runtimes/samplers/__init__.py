@@ -83,7 +83,8 @@ def compile_table(
     if (start or end < 1) and (not found.counts_down or config.get("invert_sigmas")):
         raise DexportError(f"{name}: its timesteps do not fall from num_train_timesteps; leave start and end out")
     if start:
-        times = [row.t for row in compile_table(scheduler, steps, sampler=sampler, timesteps=timesteps, mu=mu).rows]
+        whole = compile_table(scheduler, steps, sampler=sampler, timesteps=timesteps, sigmas=sigmas, mu=mu)
+        times = [row.t for row in whole.rows]
         left = sum(t < _cutoff(config, start) for t in times)
         begin = max(begin, (len(times) - left) // found.order)  # of two calls in a step the first is never left out
         if begin >= steps:

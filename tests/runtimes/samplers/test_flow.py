@@ -202,6 +202,12 @@ def test_a_list_that_is_spaced_changes_nothing() -> None:
     assert not table_map(table).differs(table_map(given), 1e-6)
 
 
+def test_a_shared_way_counts_the_given_sigmas() -> None:
+    config = {"_class_name": SCHEDULED[0]}
+    table = compile_table(config, 4, sigmas=[1.0, 0.9, 0.8, 0.1, 0.0], start=0.15)
+    assert [row.t for row in table.rows] == pytest.approx([800, 100], rel=1e-6)
+
+
 def test_mu_is_that_of_the_pipelines() -> None:
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
