@@ -193,17 +193,17 @@ def euler_sigmas(config: Config, ask: Ask) -> tuple[Floats, Floats]:
     """Return timesteps [n] and sigmas [n + 1] of the samplers of k-diffusion's family; timesteps may be fractions."""
     table = sigma_table(config)
     if ask.sigmas is not None:
-        sigmas = _falling(ask.sigmas)
-        return _rounded(times_of(sigmas[:-1], table)), _rounded(sigmas)
+        sigmas = falling(ask.sigmas)
+        return rounded(times_of(sigmas[:-1], table)), rounded(sigmas)
     times = spaced(config, ask.steps) if ask.timesteps is None else given(config, ask.timesteps, whole=False)
-    times = _rounded(times)
+    times = rounded(times)
     if config.get("interpolation_type") == "log_linear":
         sigmas = exponential(float(table[0]), float(table[-1]), ask.steps + 1)
     else:
         sigmas = np.interp(times, np.arange(len(table)), table)
     respaced = respace(config, sigmas, ask)
     if respaced is not None:
-        sigmas, times = respaced, _rounded(times_of(respaced, table))
+        sigmas, times = respaced, rounded(times_of(respaced, table))
     return times, _end(config, sigmas, table)
 
 
@@ -340,15 +340,15 @@ def times_of(sigmas: Floats, table: Floats) -> Floats:
 
 def _end(config: Config, sigmas: Floats, table: Floats) -> Floats:
     final = float(table[0]) if config.get("final_sigmas_type") == "sigma_min" else 0.0
-    return _rounded(np.append(sigmas, final))
+    return rounded(np.append(sigmas, final))
 
 
-def _rounded(values: Floats) -> Floats:
+def rounded(values: Floats) -> Floats:
     """As diffusers keeps them, in float32."""
     return values.astype(np.float32).astype(np.float64)
 
 
-def _falling(sigmas: Sequence[float]) -> Floats:
+def falling(sigmas: Sequence[float]) -> Floats:
     values = np.asarray(sigmas, np.float64)
     if values.ndim != 1 or len(values) < 2 or not (values >= 0).all() or (np.diff(values) >= 0).any():
         raise DexportError("the list of sigmas must fall to 0 or more without a repetition; one more than steps")

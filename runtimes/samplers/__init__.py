@@ -15,7 +15,21 @@ from typing import Any
 import numpy as np
 
 from runtimes.errors import DexportError
-from runtimes.samplers import consistency, ddim, ddpm, dpm, euler, flow, flow_other, names, pndm, repaint, score_sde
+from runtimes.samplers import (
+    consistency,
+    ddim,
+    ddpm,
+    deis,
+    dpm,
+    euler,
+    flow,
+    flow_other,
+    names,
+    pndm,
+    repaint,
+    score_sde,
+    unipc,
+)
 from runtimes.samplers.names import NAMES
 from runtimes.samplers.sampler import OneOf, Sampler, resolve
 from runtimes.schedule import Ask
@@ -31,6 +45,8 @@ CLASSES: Mapping[str, Sampler] = {
     **score_sde.CLASSES,
     **euler.CLASSES,
     **dpm.CLASSES,
+    **unipc.CLASSES,
+    **deis.CLASSES,
     **flow.CLASSES,
     **flow_other.CLASSES,
     **consistency.CLASSES,

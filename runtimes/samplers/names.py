@@ -24,6 +24,8 @@ NAMES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "flow_euler": ("FlowMatchEulerDiscreteScheduler", {}),
     "flow_heun": ("FlowMatchHeunDiscreteScheduler", {}),
     "flow_lcm": ("FlowMatchLCMScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
 }
 """The class of each short name, and the options that the name implies."""
 
