@@ -27,6 +27,7 @@ from runtimes.samplers import (
     names,
     pndm,
     repaint,
+    sa,
     score_sde,
     unipc,
 )
@@ -47,6 +48,7 @@ CLASSES: Mapping[str, Sampler] = {
     **dpm.CLASSES,
     **unipc.CLASSES,
     **deis.CLASSES,
+    **sa.CLASSES,
     **flow.CLASSES,
     **flow_other.CLASSES,
     **consistency.CLASSES,

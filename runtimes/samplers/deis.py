@@ -22,7 +22,11 @@ ORDERS = (1, 2, 3)
 
 def deis(config: Config, ask: Ask) -> Table:
     """DEIS, https://arxiv.org/abs/2204.13902, formulas 13 to 15, as tAB over log rho: H0 .. H2 are eps."""
-    times, sigmas = _levels(config, ask)
+    if config["solver_order"] not in ORDERS:
+        raise DexportError(f"solver_order must be 1 to 3 for DEIS, not {config['solver_order']}")
+    if config["thresholding"] and config["solver_order"] > 2:
+        raise DexportError("DEIS with thresholding keeps one past output here: take solver_order=2")
+    times, sigmas = low_levels(config, ask)
     count, rows = len(times), []
     for index in range(ask.begin, count):
         (alpha, sigma), (alpha_to, sigma_to) = (schedule.level(config, sigmas[index + i]) for i in (0, 1))
@@ -59,19 +63,13 @@ def _weights(nodes: Sequence[float], to: float) -> Sequence[float]:
     return weights
 
 
-def _levels(config: Config, ask: Ask) -> tuple[Floats, Floats]:
-    """As UniPC's; but the last sigma is the lowest that the model knows, and the flow's ends are left out."""
-    if config["solver_order"] not in ORDERS:
-        raise DexportError(f"solver_order must be 1 to 3 for DEIS, not {config['solver_order']}")
-    if config["thresholding"] and config["solver_order"] > 2:
-        raise DexportError("DEIS with thresholding keeps one past output here: take solver_order=2")
+def low_levels(config: Config, ask: Ask) -> tuple[Floats, Floats]:
+    """As UniPC's; but the last sigma is the lowest that the model knows, and the ends of a flow are left out."""
     config = {**config, "final_sigmas_type": "sigma_min"}
-    if not config["use_flow_sigmas"] or schedule.respace(config, np.ones(2), ask) is not None:
-        if config["use_flow_sigmas"]:
-            raise DexportError("spaced sigmas and use_flow_sigmas exclude each other for DEIS; set one of them")
+    if not config["use_flow_sigmas"]:
         return levels(config, ask)
-    if config["prediction_type"] not in ("flow_prediction", "epsilon", "sample", "v_prediction"):
-        raise DexportError(f"DEIS knows no {config['prediction_type']!r}")
+    if schedule.respace(config, np.ones(2), ask) is not None:
+        raise DexportError("spaced sigmas and use_flow_sigmas exclude each other here; set one of them")
     total = config["num_train_timesteps"]
     sigmas = 1 - np.linspace(1, 1 / total, ask.steps + 1)
     sigmas = schedule.shifted(sigmas, schedule.flow_shift(config, ask))[:0:-1]

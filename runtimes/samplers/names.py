@@ -26,6 +26,7 @@ NAMES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "flow_lcm": ("FlowMatchLCMScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),
     "deis": ("DEISMultistepScheduler", {}),
+    "sa_solver": ("SASolverScheduler", {}),
 }
 """The class of each short name, and the options that the name implies."""
 

@@ -149,7 +149,8 @@ def levels(config: Config, ask: Ask) -> tuple[Floats, Floats]:
         sigmas = _flow(config, ask)
         times = sigmas * total
     else:
-        times = schedule.spaced(config, ask.steps, points=ask.steps + 1).round()
+        last = int(np.count_nonzero(-np.log(table) >= config.get("lambda_min_clipped", -math.inf)))
+        times = schedule.spaced(config, ask.steps, points=ask.steps + 1, last=last).round()
         sigmas = np.interp(times, np.arange(total), table)
         return times, schedule.rounded(np.append(sigmas, table[0] if ends_low(config) else 0.0))
     return np.trunc(times), schedule.rounded(np.append(sigmas, sigmas[-1] if ends_low(config) else 0.0))

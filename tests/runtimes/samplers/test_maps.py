@@ -286,7 +286,7 @@ def test_defaults_of_a_live_scheduler_do_not_carry_over() -> None:
 
 
 # Our options that in diffusers are arguments of a method, or the older name of an option.
-OURS = {"eta", "use_clipped_model_output", "set_alpha_to_zero", "jump_length", "jump_n_sample"}
+OURS = {"eta", "tau", "use_clipped_model_output", "set_alpha_to_zero", "jump_length", "jump_n_sample"}
 # And those that this class, which does not list them, hands to the schedule of flow matching.
 HANDED_ON = {"LTXEulerAncestralRFScheduler": set(FLOW)}
 # Options of diffusers' classes that act only together with one that is refused.
