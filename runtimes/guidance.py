@@ -35,7 +35,7 @@ def plan(table: Table, scale: float | Sequence[float], interval: tuple[float, fl
 
 
 def guide(without: Array, with_prompt: Array, scale: float, rescale: float = 0.0) -> Array:
-    """Return u + scale (c - u), float64, for the outputs u without and c with the prompt, [B, C, h, w].
+    """Return u + scale (c - u), float64, for the outputs u without and c with the prompt, [B, C, ...].
 
     https://arxiv.org/abs/2207.12598, formula 6, with its w as scale - 1. rescale: the share by which each sample's
     deviation is brought back to that of c, against too much contrast: https://arxiv.org/abs/2305.08891, section 3.4.

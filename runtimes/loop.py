@@ -21,7 +21,7 @@ Denoiser = Callable[[Array, float, Row], Array]
 class Step:
     """What the loop has done: row ``index`` of ``total``, at timestep ``t``.
 
-    sample: X' after the row, [B, C, h, w] float64; output: the model's output, guidance applied, likewise, without
+    sample: X' after the row, [B, C, ...] float64; output: the model's output, guidance applied, likewise, without
     what it learned of the variance; 0 where the row did not call it.
     """
 
@@ -41,7 +41,7 @@ def sample(
 ) -> Iterator[Step]:
     """Run ``table`` and yield after each row; the caller shows progress, or stops by not asking for more.
 
-    start: noise of unit variance [B, C, h, w]. model: called with the scaled sample (float32, like ``start``), the
+    start: noise of unit variance [B, C, ...]. model: called with the scaled sample (float32, like ``start``), the
     timestep and the row; returns an output of that shape, or of twice the channels (see runtimes.table). noise: called
     for each fresh draw of that shape. known: an image of that shape and a mask, 1 where it stays and 0 where it is
     painted, for a sampler that keeps a known part (RePaintScheduler).
@@ -75,8 +75,8 @@ def sample(
 def _shaped(value: Array, shape: tuple[int, ...], what: str) -> Array:
     """Return ``value`` in float64 after checking it."""
     array = np.asarray(value, np.float64)
-    if array.ndim != 4 or array.shape != shape:
-        raise DexportError(f"{what} has the shape {list(array.shape)}; the loop needs [B, C, h, w] = {list(shape)}")
+    if array.ndim < 2 or array.shape != shape:
+        raise DexportError(f"{what} has the shape {list(array.shape)}; the loop needs [B, C, ...] = {list(shape)}")
     if not np.isfinite(array).all():
         raise DexportError(
             f"{what} holds NaN or infinity; if the bundle is fp16, build it with --precision bf16 or fp32"
@@ -89,7 +89,7 @@ def _known(known: tuple[Array, Array], table: Table, shape: tuple[int, ...]) -> 
     if not any(row.known for row in table.rows):
         raise DexportError("this sampler keeps no known part of an image; take RePaintScheduler, or leave the mask out")
     image, mask = _shaped(known[0], shape, "the known image"), np.asarray(known[1], np.float64)
-    if np.ndim(mask) != 4 or any(m not in (1, n) for m, n in zip(mask.shape, shape, strict=True)):
+    if mask.ndim != image.ndim or any(m not in (1, n) for m, n in zip(mask.shape, shape, strict=True)):
         raise DexportError(
             f"the mask has the shape {list(mask.shape)}; it must go over that of the image, {list(shape)}"
         )
@@ -126,7 +126,7 @@ def _bounded(value: Array, row: Row) -> Array:
     if not row.threshold:
         return value if row.clip == np.inf else np.clip(value, -row.clip, row.clip)
     sizes = np.quantile(np.abs(value).reshape(len(value), -1), row.threshold, axis=1)
-    bound = np.minimum(np.maximum(sizes, 1), row.clip).reshape(-1, 1, 1, 1)
+    bound = np.minimum(np.maximum(sizes, 1), row.clip).reshape(-1, *[1] * (value.ndim - 1))
     thresholded: Array = np.clip(value, -bound, bound) / bound
     return thresholded
 

@@ -219,10 +219,10 @@ class Pipeline:
         self, stage: Stage, request: Request, table: samplers.Table
     ) -> Callable[[Array, float, samplers.Row], Array]:
         """The model as the loop calls it: with the prompt's conditioning, and guided where the row says so."""
-        guided = stage.guidance.kind == "cfg" and any(row.guidance > 1 for row in table.rows)
+        is_guided = stage.guidance.kind == "cfg" and any(row.guidance > 1 for row in table.rows)
         with_prompt = self._conditioning(stage, request.prompts, request.images)
         count = len(request.prompts) * request.images
-        if guided:
+        if is_guided:
             without = self._conditioning(stage, [request.negative_prompt], count)
             both = {name: np.concatenate([without[name], with_prompt[name]]) for name in with_prompt}
         session = self._open(stage.denoiser)  # after the text graph, which may be closed by now
@@ -232,13 +232,17 @@ class Pipeline:
             return run_batched(session, {"sample": sample, "timestep": timestep, **conditioning})["output"]
 
         def model(sample: Array, t: float, row: samplers.Row) -> Array:
-            if not guided or row.guidance <= 1:
+            if not is_guided or row.guidance <= 1:
                 return call(sample, t, with_prompt)
             if request.guidance_batch == "batched":
                 without_out, with_out = np.split(call(np.concatenate([sample, sample]), t, both), 2)
             else:
                 without_out, with_out = call(sample, t, without), call(sample, t, with_prompt)
-            return guidance.guide(without_out, with_out, row.guidance, request.guidance_rescale)
+            channels = sample.shape[1]  # what follows them is a learned variance, which is the prompt's own
+            guided = guidance.guide(
+                without_out[:, :channels], with_out[:, :channels], row.guidance, request.guidance_rescale
+            )
+            return np.concatenate([guided, with_out[:, channels:]], axis=1)
 
         return model
 

@@ -37,7 +37,7 @@ SHAPE = (4, 6, 6)
 DETERMINISTIC = ("ddim", "pndm", "euler", "dpmpp_2m")
 
 # torch's arrays and numpy's newest differ on this inside of diffusers.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 
 
 def level(t: float) -> tuple[float, float]:
@@ -83,17 +83,26 @@ def test_result_is_that_of_a_plain_diffusers_loop(name: str, prediction: str, mo
     kind = getattr(diffusers, NAMES[name][0])
     scheduler = kind.from_config(options)
     scheduler.set_timesteps(20)
-    start, *draws = normal(30, 2, *SHAPE)
-    theirs, ours = iter(draws), iter(draws)
+    start, *draws = normal(60, 2, *SHAPE)
+    drawn = 0  # the call of the model at which a draw is made: diffusers draws where its noise has no weight, too
     monkeypatch.setattr(
-        inspect.getmodule(kind), "randn_tensor", lambda shape, **_: torch.from_numpy(next(theirs)), raising=False
+        inspect.getmodule(kind), "randn_tensor", lambda shape, **_: torch.from_numpy(draws[drawn]), raising=False
     )
     model, sample = gaussian(prediction), torch.from_numpy(start) * getattr(scheduler, "init_noise_sigma", 1.0)
     scaled = getattr(scheduler, "scale_model_input", lambda sample, t: sample)  # which flows have no use for
     for t in scheduler.timesteps:
         output = model(scaled(sample, t), float(t))
         sample = scheduler.step(output, t, sample).prev_sample
-    result = run(name, 20, start, lambda: next(ours), prediction_type=prediction)
+        drawn += 1
+    table = compile_table(options, 20, sampler=name)
+    calls: list[float] = []
+
+    def counted(x: Any, t: float, row: object) -> Any:
+        calls.append(t)
+        return model(x, t)
+
+    *_, last = loop.sample(table, start, counted, lambda: draws[len(calls) - 1])
+    result = last.sample
     # diffusers' float32 inside, and the model's float32 input in our loop.
     np.testing.assert_allclose(result, sample.numpy(), rtol=0, atol=5e-6)
 
@@ -222,7 +231,7 @@ def test_wrong_seeds_are_refused(seed: Any) -> None:
 @pytest.mark.parametrize(
     ("start", "model", "noise", "words"),
     [
-        (normal(4, 6, 6), gaussian(), never, r"the start has the shape \[4, 6, 6\]"),
+        (normal(6), gaussian(), never, r"the start has the shape \[6\]"),
         (normal(1, *SHAPE), lambda x, t, row: x[:, :2], never, r"model's output .* \[1, 2, 6, 6\].* \[1, 4, 6, 6\]"),
         (normal(1, *SHAPE), lambda x, t, row: x * np.float32("nan"), never, "model's output at timestep 667 holds NaN"),
         (normal(1, *SHAPE) * np.inf, gaussian(), never, "the start holds NaN or infinity"),
@@ -296,3 +305,13 @@ def test_a_wrong_known_part_gives_a_clear_error(name: str, image: np.ndarray, ma
     table = compile_table(SCHEDULE, 3, sampler=name)
     with pytest.raises(DexportError, match=words):
         list(loop.sample(table, normal(1, *SHAPE), gaussian(), lambda: normal(1, *SHAPE), (image, mask)))
+
+
+@pytest.mark.parametrize("shape", [(2, 8), (2, 3, 5), (2, 4, 3, 6, 6)], ids=["embedding", "sound", "video"])
+def test_samples_of_any_rank_are_made_alike(shape: tuple[int, ...]) -> None:
+    """Each number goes its own way, whatever the shape it stands in; thresholding looks at whole samples."""
+    table = compile_table({**SCHEDULE, "thresholding": True, "sample_max_value": 2.0}, 5)
+    start = normal(*shape)
+    *_, last = loop.sample(table, start, gaussian(), never)
+    *_, flat = loop.sample(table, start.reshape(shape[0], -1, 1, 1), gaussian(), never)
+    np.testing.assert_array_equal(last.sample, flat.sample.reshape(shape))

@@ -208,3 +208,17 @@ def test_a_picture_needs_an_encoder(pipeline: Pipeline) -> None:
 
     with pytest.raises(DexportError, match="no encoder"):
         pipeline("red", image=Image.new("RGB", (32, 32)))
+
+
+def test_a_learned_variance_is_the_prompts_own(pipeline: Pipeline, denoiser: Denoiser) -> None:
+    """A model with twice the channels: its first half is guided, and the second is left out by DDIM."""
+    request = Request(["red apple"], negative_prompt="a table", guidance=3.0, guidance_rescale=0.5)
+    plain = last(pipeline, request)
+    run = denoiser.run
+
+    def doubled(inputs: Mapping[str, Any]) -> dict[str, Any]:
+        output = run(inputs)["output"]
+        return {"output": np.concatenate([output, 100 + output], axis=1)}
+
+    denoiser.run = doubled  # type: ignore[method-assign]
+    np.testing.assert_array_equal(last(pipeline, request), plain)
