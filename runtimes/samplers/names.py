@@ -12,6 +12,7 @@ from typing import Any
 from runtimes.errors import DexportError
 from runtimes.samplers.sampler import Sampler
 
+DPM = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}  # which has no step to sigma = 0
 NAMES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
     "ddpm": ("DDPMScheduler", {}),
@@ -27,6 +28,11 @@ NAMES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "unipc": ("UniPCMultistepScheduler", {}),
     "deis": ("DEISMultistepScheduler", {}),
     "sa_solver": ("SASolverScheduler", {}),
+    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
+    "dpmpp_3m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 3}),
+    "dpmpp_3m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}),
+    "dpm_2m": ("DPMSolverMultistepScheduler", {**DPM, "solver_order": 2}),
+    "dpm_3m": ("DPMSolverMultistepScheduler", {**DPM, "solver_order": 3}),
 }
 """The class of each short name, and the options that the name implies."""
 
