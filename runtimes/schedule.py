@@ -42,6 +42,7 @@ class Ask:
 
 BETA_LIMIT = 0.999  # of the cosine schedule, https://arxiv.org/abs/2102.09672, section 3.2
 COSINE_OFFSET = 0.008  # likewise
+EXPONENT = -12.0  # of the beta schedule "exp", diffusers' own
 ALMOST_ZERO = 2.0**-24  # stands for alpha_bar = 0 where sigma must be finite; diffusers takes the same
 KARRAS_RHO = 7.0  # https://arxiv.org/abs/2206.00364, table 1
 BETA_SHAPE = 0.6  # both parameters of the beta distribution, https://arxiv.org/abs/2407.12173, section 4
@@ -99,7 +100,7 @@ def betas_of(config: Config) -> NDArray[np.float32]:
         # https://arxiv.org/abs/2203.02923, appendix; in torch's order of float32 operations
         steep = 1 / (1 + np.exp(-linspace(-6, 6, total).astype(np.float64)))
         return steep.astype(np.float32) * np.float32(end - start) + np.float32(start)
-    signal = _laplace if config["beta_schedule"] == "laplace" else _cosine
+    signal = {"laplace": _laplace, "exp": _exponential}.get(config["beta_schedule"], _cosine)
     betas = [min(1 - signal((i + 1) / total) / signal(i / total), BETA_LIMIT) for i in range(total)]
     return np.asarray(betas, np.float32)
 
@@ -107,6 +108,11 @@ def betas_of(config: Config) -> NDArray[np.float32]:
 def _cosine(t: float) -> float:
     """alpha_bar at the share ``t`` of the way: https://arxiv.org/abs/2102.09672, formula 17."""
     return math.cos((t + COSINE_OFFSET) / (1 + COSINE_OFFSET) * math.pi / 2) ** 2
+
+
+def _exponential(t: float) -> float:
+    """Likewise in diffusers' "exp": e^(-12 t)."""
+    return math.exp(EXPONENT * t)
 
 
 def _laplace(t: float) -> float:
@@ -189,22 +195,37 @@ def leaps(config: Config, ask: Ask) -> list[tuple[int, int]]:
     return list(zip(times, [*times[1:], -1], strict=True))
 
 
-def euler_sigmas(config: Config, ask: Ask) -> tuple[Floats, Floats]:
-    """Return timesteps [n] and sigmas [n + 1] of the samplers of k-diffusion's family; timesteps may be fractions."""
+def euler_sigmas(config: Config, ask: Ask, *, exact_times: bool = False) -> tuple[Floats, Floats]:
+    """Return timesteps [n] and sigmas [n + 1] of the samplers of k-diffusion's family; timesteps may be fractions.
+
+    exact_times: leave them in float64, where most of diffusers' classes round them to float32.
+    """
+    kept = (lambda times: times) if exact_times else rounded
     table = sigma_table(config)
     if ask.sigmas is not None:
         sigmas = falling(ask.sigmas)
         return rounded(times_of(sigmas[:-1], table)), rounded(sigmas)
     times = spaced(config, ask.steps) if ask.timesteps is None else given(config, ask.timesteps, whole=False)
-    times = rounded(times)
+    times = kept(times)
     if config.get("interpolation_type") == "log_linear":
         sigmas = exponential(float(table[0]), float(table[-1]), ask.steps + 1)
     else:
         sigmas = np.interp(times, np.arange(len(table)), table)
     respaced = respace(config, sigmas, ask)
     if respaced is not None:
-        sigmas, times = respaced, rounded(times_of(respaced, table))
-    return times, _end(config, sigmas, table)
+        sigmas, times = respaced, kept(times_of(respaced, table))
+    elif config.get("interpolation_type") == "log_linear":
+        return _continuous(config, times, rounded(sigmas), ask)  # its own end takes the place of another
+    return _continuous(config, times, _end(config, sigmas, table), ask)
+
+
+def _continuous(config: Config, times: Floats, sigmas: Floats, ask: Ask) -> tuple[Floats, Floats]:
+    """The same, with log(sigma) / 4 as timesteps for models that were trained so (EDM's c_noise)."""
+    if config.get("timestep_type") != "continuous" or config["prediction_type"] != "v_prediction":
+        return times, sigmas
+    if ask.timesteps is not None:
+        raise DexportError("a list of timesteps and timestep_type='continuous' exclude each other; leave one out")
+    return rounded(np.log(sigmas[:-1]) / 4), sigmas
 
 
 def dpm_sigmas(config: Config, ask: Ask) -> tuple[Floats, Floats]:
