@@ -33,10 +33,16 @@ NAMES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "dpmpp_3m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}),
     "dpm_2m": ("DPMSolverMultistepScheduler", {**DPM, "solver_order": 2}),
     "dpm_3m": ("DPMSolverMultistepScheduler", {**DPM, "solver_order": 3}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "dpm_2": ("KDPM2DiscreteScheduler", {}),
+    "dpm_2_ancestral": ("KDPM2AncestralDiscreteScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "ipndm": ("IPNDMScheduler", {}),
+    "dpmpp_sde": ("DPMSolverSDEScheduler", {}),
 }
 """The class of each short name, and the options that the name implies."""
 
-ALIASES = {"euler_a": "euler_ancestral", "plms": "pndm"}
+ALIASES = {"euler_a": "euler_ancestral", "plms": "pndm", "dpm2": "dpm_2", "dpm2_a": "dpm_2_ancestral"}
 ENDINGS: Mapping[str, str] = {
     "_karras": "use_karras_sigmas",
     "_exponential": "use_exponential_sigmas",
