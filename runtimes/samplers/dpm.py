@@ -32,15 +32,20 @@ Level = tuple[float, float]  # alpha and sigma
 
 def multistep(config: Config, ask: Ask) -> Table:
     """DPM-Solver and DPM-Solver++ over past steps, also as SDEs, of orders 1 to 3: see ``follow``."""
+    ends(config)
+    check(config)
+    times, sigmas = schedule.dpm_sigmas(config, ask)
+    levels = [schedule.level(config, float(sigma)) for sigma in sigmas]
+    return Table(follow(config, times, levels, ask), 1.0, levels[ask.begin])
+
+
+def ends(config: Config) -> None:
+    """Raise DexportError where the solver has no step to the last sigma."""
     if config["algorithm_type"] not in ("dpmsolver++", "sde-dpmsolver++") and config["final_sigmas_type"] == "zero":
         raise DexportError(
             f"algorithm_type={config['algorithm_type']!r} has no step to sigma = 0; "
             "set final_sigmas_type to 'sigma_min', or take dpmsolver++"
         )
-    check(config)
-    times, sigmas = schedule.dpm_sigmas(config, ask)
-    levels = [schedule.level(config, float(sigma)) for sigma in sigmas]
-    return Table(follow(config, times, levels, ask), 1.0, levels[ask.begin])
 
 
 def check(config: Config) -> None:
