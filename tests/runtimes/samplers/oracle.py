@@ -15,10 +15,8 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import importlib
 import json
 import sys
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -42,25 +40,6 @@ ZERO_SNR = {**LATENT, "rescale_betas_zero_snr": True}
 STEP_OPTIONS = ("eta", "use_clipped_model_output")  # which diffusers takes as arguments of step()
 
 DOUBLE_LIMIT = 1e-10  # with diffusers' code in float64; the same cancellation leaves 1e-12 there
-
-
-BROWNIAN = {
-    "CosineDPMSolverMultistepScheduler": "scheduling_cosine_dpmsolver_multistep",
-    "DPMSolverSDEScheduler": "scheduling_dpmsolver_sde",
-}
-
-
-def _load_brownian() -> None:
-    """Load the classes that diffusers leaves out without torchsde, which makes their noise; the tests replace it."""
-    with mock.patch.dict(sys.modules, {"torchsde": types.ModuleType("torchsde")}):
-        loaded = {name: importlib.import_module(f"diffusers.schedulers.{module}") for name, module in BROWNIAN.items()}
-    for name, module in loaded.items():
-        sys.modules[module.__name__] = module
-        for package in (diffusers, diffusers.schedulers):
-            setattr(package, name, getattr(module, name))
-
-
-_load_brownian()
 
 
 class Float64(TorchFunctionMode):

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import sys
-import types
-from collections.abc import Iterator
 from typing import Any
 
 import diffusers
@@ -33,7 +30,6 @@ from tests.runtimes.samplers.oracle import (
     diffusers_scheduler,
     table_map,
 )  # fmt: skip
-from tests.runtimes.samplers.test_flow import beta_quantile
 
 pytestmark = [
     # torch's arrays and numpy's newest differ on this inside of diffusers.
@@ -64,17 +60,6 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "flow-shifted": ({**FLOW, "flow_shift": 3.0, "use_dynamic_shifting": True}, {"mu": 1.3}),
     "flow-unshifted": ({**FLOW, "flow_shift": 2.5, "use_dynamic_shifting": True}, {}),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def scipy_in_diffusers() -> Iterator[None]:
-    """diffusers takes the quantiles of the beta distribution from scipy; here they come from mpmath."""
-    module = sys.modules[diffusers.DPMSolverMultistepScheduler.__module__]
-    stats = types.SimpleNamespace(beta=types.SimpleNamespace(ppf=beta_quantile))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "is_scipy_available", lambda: True)
-        patch.setattr(module, "scipy", types.SimpleNamespace(stats=stats), raising=False)
-        yield
 
 
 def combined(algorithm: str, order: int, solver: str, **options: Any) -> dict[str, Any]:

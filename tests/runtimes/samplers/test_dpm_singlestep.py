@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
-import types
-from collections.abc import Iterator
 from typing import Any
 
 import diffusers
@@ -27,7 +24,6 @@ from tests.runtimes.samplers.oracle import (
     table_map,
 )  # fmt: skip
 from tests.runtimes.samplers.test_dpm import FLOW, LOW, combined, compare_trajectories
-from tests.runtimes.samplers.test_flow import beta_quantile
 
 pytestmark = [
     # torch's arrays and numpy's newest differ on this inside of diffusers.
@@ -58,17 +54,6 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "flow-low": ({**FLOW, **LOW, "prediction_type": "epsilon"}, {}),
     "flow-shifted": ({**FLOW, "use_dynamic_shifting": True}, {"mu": 1.1}),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def scipy_in_diffusers() -> Iterator[None]:
-    """diffusers takes the quantiles of the beta distribution from scipy; here they come from mpmath."""
-    module = sys.modules[diffusers.DPMSolverSinglestepScheduler.__module__]
-    stats = types.SimpleNamespace(beta=types.SimpleNamespace(ppf=beta_quantile))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "is_scipy_available", lambda: True)
-        patch.setattr(module, "scipy", types.SimpleNamespace(stats=stats), raising=False)
-        yield
 
 
 @pytest.fixture(autouse=True)
