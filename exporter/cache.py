@@ -11,6 +11,8 @@ import hashlib
 import json
 import shutil
 import tempfile
+import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache as memoize
 from pathlib import Path
@@ -20,6 +22,7 @@ from runtimes.errors import DexportError
 from runtimes.manifest import File, Graph, from_json, to_json
 
 ENTRY = "entry.json"
+DAY = 24 * 60 * 60  # seconds
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("exporter/compile/*.py", "calibration/*.py")  # the sources whose change may change a result
 
@@ -86,6 +89,7 @@ def store(cache: Path, key: str, output: Path, graph: Graph) -> None:
     partial: Path | None = None
     try:
         cache.mkdir(parents=True, exist_ok=True)
+        _sweep(cache)
         partial = Path(tempfile.mkdtemp(prefix=".partial.", dir=cache))
         files = bundle.list_files(output)
         for file in files:
@@ -100,6 +104,14 @@ def store(cache: Path, key: str, output: Path, graph: Graph) -> None:
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sweep(cache: Path) -> None:
+    """Remove what writers that were killed have left; one that is a day old is nobody's any more."""
+    for partial in cache.glob(".partial.*"):
+        with suppress(OSError):  # another process may be sweeping too
+            if time.time() - partial.stat().st_mtime > DAY:
+                shutil.rmtree(partial, ignore_errors=True)
 
 
 @memoize

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -320,6 +322,15 @@ class TestCache:
         assert self.compile(paths) == first
         assert [path.name for path in self.entries(paths)] == [entry.name]
         assert {path.name for path in entry.iterdir()} == {"entry.json", "model.bin", "model.xml"}
+
+    def test_what_killed_writers_left_is_swept_after_a_day(self, paths: Any) -> None:
+        for name, age in ((".partial.old", 25), (".partial.new", 1)):
+            (paths[1] / name).mkdir(parents=True)
+            (paths[1] / name / "model.bin").write_bytes(b"half")
+            os.utime(paths[1] / name, (time.time() - age * 3600,) * 2)
+        self.compile(paths)
+        left = {path.name for path in self.entries(paths)}
+        assert ".partial.new" in left and ".partial.old" not in left and len(left) == 2
 
     def test_weights_elsewhere_are_refused(self, paths: Any) -> None:
         weights = paths[0].with_name("model.onnx.data")
