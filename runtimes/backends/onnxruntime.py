@@ -78,7 +78,8 @@ class OnnxRuntimeSession:
             outputs = self._session.run(self._outputs, feed)
         except Exception as error:  # as above
             raise DexportError(f"{self._graph.kind}: ONNX Runtime failed: {_first_line(error)}") from error
-        return dict(zip(self._outputs, outputs, strict=True))
+        # Copies: the runtime's own arrays lie in the session's memory, and would keep all of it while they live.
+        return {name: np.array(output) for name, output in zip(self._outputs, outputs, strict=True)}
 
 
 def _default_threads() -> int:
