@@ -305,7 +305,7 @@ class TestCache:
         self.compile(paths)
         assert len(self.entries(paths)) == 7
 
-    @pytest.mark.parametrize("damage", ["flip", "missing", "extra", "entry"])
+    @pytest.mark.parametrize("damage", ["flip", "missing", "extra", "entry", "graph", "folder"])
     def test_a_damaged_entry_is_built_again(self, paths: Any, damage: str) -> None:
         first = self.compile(paths)
         (entry,) = self.entries(paths)
@@ -317,6 +317,12 @@ class TestCache:
             (entry / "model.bin").unlink()
         elif damage == "extra":
             (entry / "more").write_bytes(b"")
+        elif damage == "graph":  # that says other things of files that are right
+            text = (entry / "entry.json").read_text()
+            (entry / "entry.json").write_text(text.replace('"model.xml"', '"nope.xml"', 1))
+        elif damage == "folder":
+            (entry / "entry.json").unlink()
+            (entry / "entry.json").mkdir()
         else:
             (entry / "entry.json").write_text("{}")
         assert self.compile(paths) == first
