@@ -49,7 +49,7 @@ def compile_options(command: F) -> F:
         help="Folder for compiled graphs, safe to delete at any time. [default: $DEXPORT_CACHE or ~/.cache/dexport]",
     )(command)
     return click.option(
-        "--max-batch", type=click.IntRange(1), default=2, show_default=True,
+        "--max-batch", type=click.IntRange(1, 4096), default=2, show_default=True,
         help="Largest batch of one call, for engines that must know; guidance takes two for each image.",
     )(command)  # fmt: skip
 
@@ -77,7 +77,7 @@ def main() -> None:
       dexport build checkpoint --target openvino --precision bf16 -o bundle
       dexport run bundle --prompt "red apple" -o apple.png
 
-    Exit codes: 0 done, 1 failed a gate, 2 wrong use or input, 70 a bug of ours, 130 interrupted.
+    Exit codes: 0 done, 1 failed a gate, 2 wrong use or input, 70 a bug of ours, 128 + N stopped by signal N.
     """
 
 
@@ -279,7 +279,10 @@ def run(
     try:
         lines = [line.strip() for line in prompt_file] if prompt_file else []
     except UnicodeDecodeError as error:
-        raise click.BadParameter(f"{prompt_file.name}: not a text in UTF-8 ({error.reason})") from error
+        hint = "--prompts"
+        raise click.BadParameter(
+            f"{prompt_file.name}: not a text in UTF-8 ({error.reason})", param_hint=hint
+        ) from error
     every = [*prompts, *filter(None, lines)]
     if not every:
         raise click.UsageError("no prompt given; use --prompt or --prompts")

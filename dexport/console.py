@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jxl", ".ppm", ".svg")
+
+
 @contextlib.contextmanager
 def working(quiet: bool = False) -> Iterator[Progress]:
     """Give a progress function that draws a bar on stderr where that is a terminal.
@@ -26,7 +29,7 @@ def working(quiet: bool = False) -> Iterator[Progress]:
     While the work lasts, whatever a library prints goes to stderr too: stdout belongs to the result.
     """
     with contextlib.redirect_stdout(sys.stderr):
-        if quiet or not sys.stderr.isatty():
+        if quiet or sys.stderr is None or not sys.stderr.isatty():  # a daemon may have none
             yield silent
             return
         from rich.console import Console
@@ -46,9 +49,9 @@ def working(quiet: bool = False) -> Iterator[Progress]:
 
 def print_json(value: Any) -> None:
     """Write ``value`` to stdout as JSON; frozen dataclasses become objects and paths strings."""
-    text = json.dumps(value, ensure_ascii=False, default=_plain)
+    text = json.dumps(value, default=_plain)
     value = json.loads(text, parse_constant=lambda name: None)  # JSON has no word for infinity: null
-    click.echo(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False))
+    click.echo(json.dumps(value, indent=2, sort_keys=True, allow_nan=False))
 
 
 def _plain(value: Any) -> Any:
@@ -95,7 +98,7 @@ def image_files(output: Path, count: int) -> list[Path]:
         if count == 1:
             return [output]
         return [output.with_name(f"{output.stem}-{index:03d}.png") for index in range(count)]
-    if output.suffix and not output.is_dir():
+    if output.suffix.lower() in OTHER_PICTURES and not output.is_dir():
         raise click.BadParameter(f"{output}: pictures are written as .png; name such a file, or a folder")
     return [output / f"{index:03d}.png" for index in range(count)]
 

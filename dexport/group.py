@@ -9,6 +9,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import click
@@ -18,12 +19,18 @@ from runtimes.errors import DexportError
 from runtimes.target import DEVICES, Target
 
 DONE, FAILED_GATE, WRONG_INPUT = 0, 1, 2
-BUG, INTERRUPTED = 70, 130  # EX_SOFTWARE of BSD's sysexits.h; 128 + SIGINT, as shells have it
+BUG = 70  # EX_SOFTWARE of BSD's sysexits.h
+INTERRUPTED, UNREAD = 130, 141  # 128 + the number of SIGINT and of SIGPIPE, as shells have it
+
+
+class Stopped(SystemExit):
+    """A signal asked us to stop; ``code`` is 128 + its number."""
 
 
 def _terminate(number: int, frame: Any) -> NoReturn:
-    """Leave by an exception, so that what is half-written is removed on the way."""
-    sys.exit(128 + number)
+    """Leave by an exception, so that what is half-written is removed on the way; once, whatever comes meanwhile."""
+    signal.signal(number, signal.SIG_IGN)
+    raise Stopped(128 + number)
 
 
 def _catch_signals() -> None:
@@ -46,7 +53,11 @@ class Face(click.Group):
         **extra: Any,
     ) -> NoReturn:
         """Run the command line and leave the process. With --json a failure is JSON on stdout too."""
-        line, code = "", DONE
+        line, code, stdout = "", DONE, sys.stdout
+        streams: tuple[Any, ...] = (sys.stdout, sys.stderr)
+        for stream in streams:
+            with suppress(AttributeError, OSError):  # none, or not a text file of Python's own
+                stream.reconfigure(errors="replace")  # a console without our signs shows a ? for them
         _catch_signals()
         try:
             stopped = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
@@ -63,36 +74,54 @@ class Face(click.Group):
             line, code = error.format_message(), WRONG_INPUT
         except DexportError as error:
             line, code = str(error), error.exit_code
-        except ModuleNotFoundError as error:
-            line, code = _extra(error), WRONG_INPUT
-        except BrokenPipeError:
-            # Who read our output has left; let the interpreter's last flush go nowhere instead of failing.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except Stopped as stop:
+            code = int(stop.code or 0)
+            line = f"stopped by {signal.Signals(code - 128).name}"
+        except SystemExit:
+            if sys.stdout is stdout:
+                raise
+            sys.stdout, code = stdout, UNREAD  # click replaces it where who read our output has left
+            _silence(stdout)
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             line, code = f"{where}{error.strerror or error}", WRONG_INPUT
         except MemoryError:
             line, code = "there is not enough memory for this", WRONG_INPUT
         except Exception as error:
-            traceback.print_exc()
-            line, code = f"this is a bug of dexport, please report it: {type(error).__name__}: {error}", BUG
+            line, code = _extra(error), WRONG_INPUT
+            if not line:
+                traceback.print_exc()
+                line, code = f"this is a bug of dexport, please report it: {type(error).__name__}: {error}", BUG
         if line:
             line = " ".join(line.split())
             if "--json" in (sys.argv[1:] if args is None else args):
-                click.echo(json.dumps({"error": line, "exit_code": code}, ensure_ascii=False))
-            click.echo(f"error: {line}", err=True)
+                try:
+                    click.echo(json.dumps({"error": line, "exit_code": code}))
+                except OSError:
+                    _silence(stdout)
+            with suppress(OSError):
+                click.echo(f"error: {line}", err=True)
         sys.exit(code)
 
 
-def _extra(error: ModuleNotFoundError) -> str:
-    """Say which extra brings the package that is missing; one that none brings is our own mistake, and raised."""
+def _silence(stream: Any) -> None:
+    """Let what ``stream`` still holds go nowhere, so that the interpreter's last flush does not fail."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _extra(error: Exception) -> str:
+    """Say which extra brings the package that is missing; "" for another error, and for one that none brings."""
     from runtimes.doctor import PACKAGES
+
+    if not isinstance(error, ModuleNotFoundError):
+        return ""
 
     for extra, packages in PACKAGES.items():
         for package in packages:
             if (error.name or "").partition(".")[0] == package.replace("-", "_"):
                 return f"{package} is not installed; run: pip install 'dexport[{extra}]'"
-    raise error
+    return ""
 
 
 class Shape(click.ParamType):  # type: ignore[type-arg]  # generic only in later clicks

@@ -114,6 +114,10 @@ def outline(found: Mapping[str, Any], indent: str = "") -> None:
         if isinstance(value, Mapping) and value:
             click.echo(f"{indent}{key}:")
             outline(value, indent + "  ")
+        elif isinstance(value, list | tuple) and value and all(isinstance(item, Mapping) for item in value):
+            click.echo(f"{indent}{key}:")
+            for item in value:
+                click.echo(f"{indent}  " + ", ".join(f"{name} {part}" for name, part in item.items()))
         else:
             click.echo(f"{indent}{key}: {_plain(key, value)}")
 

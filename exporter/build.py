@@ -104,6 +104,8 @@ def _pairs(targets: Sequence[str], precisions: Sequence[str]) -> list[tuple[Targ
     pairs = []
     for text in targets:
         name, equals, own = text.partition("=")
+        if equals and not own:
+            raise DexportError(f"{text!r}: name a precision after the =, like {name}=bf16")
         pairs += [(Target.parse(name), precision) for precision in ([own] if equals else precisions)]
     if not pairs:
         raise DexportError("no target, or no precision, given; try --target openvino --precision fp32")
@@ -185,7 +187,7 @@ def _write_manifest(
     files = bundle.list_files(folder, without=(bundle.MANIFEST,))
     manifest = Manifest(bundle.FORMAT, bundle.VERSION, str(target), precision, model, recipe, tools, files, accuracy)
     (folder / bundle.MANIFEST).write_text(to_json(manifest), encoding="utf-8")
-    return manifest
+    return bundle.load_manifest(folder, check=False)  # what no reader would take is not published
 
 
 def _sample(model: Model) -> Any:

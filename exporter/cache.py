@@ -11,6 +11,8 @@ import hashlib
 import json
 import shutil
 import tempfile
+import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache as memoize
 from pathlib import Path
@@ -20,16 +22,23 @@ from runtimes.errors import DexportError
 from runtimes.manifest import File, Graph, from_json, to_json
 
 ENTRY = "entry.json"
+DAY = 24 * 60 * 60  # seconds
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("exporter/compile/*.py", "calibration/*.py")  # the sources whose change may change a result
 
 
 @dataclass(frozen=True)
 class Entry:
-    """The compiled graph, its file named relative to the entry's own folder, and its files."""
+    """The compiled graph, its file named relative to the entry's own folder, its files, and the hash of all that."""
 
     graph: Graph
     files: tuple[File, ...]
+    seal: str = ""
+
+    def sealed(self) -> Entry:
+        """The entry with the hash that it must have."""
+        text = to_json(replace(self, seal=""))
+        return replace(self, seal=hashlib.sha256(text.encode()).hexdigest())
 
 
 def key(source: Path, graph: Graph, target: str, precision: str, max_batch: int, depends_on: str) -> str:
@@ -66,6 +75,8 @@ def fetch(cache: Path, key: str, output: Path) -> Graph | None:
         return None
     try:
         entry = from_json(Entry, (folder / ENTRY).read_text(encoding="utf-8"), str(folder / ENTRY))
+        if entry != entry.sealed():
+            raise DexportError(f"{folder}: {ENTRY} is damaged")
         present = {path.name for path in folder.iterdir()}
         if present != {ENTRY, *(file.path for file in entry.files)}:
             raise DexportError(f"{folder}: a file is missing or too many")
@@ -73,7 +84,9 @@ def fetch(cache: Path, key: str, output: Path) -> Graph | None:
             shutil.copyfile(folder / file.path, output / file.path)
         if bundle.list_files(output) != entry.files:  # of the copies, since it is these that are used
             raise DexportError(f"{folder}: a file is damaged")
-    except (DexportError, FileNotFoundError, UnicodeDecodeError):
+    except (DexportError, OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and error.errno in bundle.NO_SPACE:
+            raise  # the output's disk, not the entry, is at fault
         shutil.rmtree(folder, ignore_errors=True)
         for path in output.iterdir():
             path.unlink()
@@ -86,12 +99,13 @@ def store(cache: Path, key: str, output: Path, graph: Graph) -> None:
     partial: Path | None = None
     try:
         cache.mkdir(parents=True, exist_ok=True)
+        _sweep(cache)
         partial = Path(tempfile.mkdtemp(prefix=".partial.", dir=cache))
         files = bundle.list_files(output)
         for file in files:
             shutil.copyfile(output / file.path, partial / file.path)
         entry = Entry(replace(graph, file=graph.file.removeprefix(f"{output.name}/")), files)
-        (partial / ENTRY).write_text(to_json(entry), encoding="utf-8")
+        (partial / ENTRY).write_text(to_json(entry.sealed()), encoding="utf-8")
         partial.rename(cache / key)
     except OSError as error:
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
@@ -100,6 +114,14 @@ def store(cache: Path, key: str, output: Path, graph: Graph) -> None:
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sweep(cache: Path) -> None:
+    """Remove what writers that were killed have left; one that is a day old is nobody's any more."""
+    for partial in cache.glob(".partial.*"):
+        with suppress(OSError):  # another process may be sweeping too
+            if time.time() - partial.stat().st_mtime > DAY:
+                shutil.rmtree(partial, ignore_errors=True)
 
 
 @memoize

@@ -158,6 +158,7 @@ def prove(
                         f"graph {name}{_at(call)}: SQNR {agreement.sqnr_db:.1f} dB, at least {band.graph:g} are needed"
                     )
         graphs[name] = found
+        del session  # or it would stand in memory beside the next one, while that is opened
     if failures:  # a free run of broken graphs says no more, and may end in NaN
         raise _failed(precision, failures)
     progress("gate: free run", len(reference_.calls) / (len(reference_.calls) + 1))

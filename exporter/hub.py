@@ -11,7 +11,7 @@ from exporter import tokenizer as tokenizers
 from exporter.checkpoint import Checkpoint
 from exporter.families import Shape, Spec
 from runtimes.bundle import HUB, publish
-from runtimes.check import check_model
+from runtimes.check import ELEMENTS, SIDE, check_model
 from runtimes.errors import DexportError, Progress, silent
 from runtimes.manifest import Graph, Model, Stage, Tokenizer, from_json, to_json
 from runtimes.samplers import compile_table
@@ -42,6 +42,8 @@ def export(
         source = checkpoints.read(Path(checkpoint), progress=lambda what, share: progress(what, share * 0.05))
     family = source.family
     size = Shape(*(shape or family.default_shape(source)), free=dynamic_shape)
+    if max(size.height, size.width) > SIDE or 3 * size.height * size.width > ELEMENTS:
+        raise DexportError(f"a picture of {size.height}x{size.width} pixels is too large; choose a smaller --shape")
     specs = _choose(family.specs(source, size), graphs)
     stages = tuple(_only(stage, specs) for stage in family.stages(source, size) if stage.denoiser in specs)
     for stage in stages:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from runtimes import strict_json
 from runtimes.errors import DexportError
 
 END = "<|endoftext|>"
@@ -42,9 +42,12 @@ def write(folder: Path, output: Path) -> int:
         ids[token] = number
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    tokenizer.post_processor = TemplateProcessing(
-        single=f"{start} $A {end}", special_tokens=[(start, ids[start]), (end, ids[end])]
-    )
+    try:
+        tokenizer.post_processor = TemplateProcessing(
+            single=[start, "$A", end], special_tokens=[(start, ids[start]), (end, ids[end])]
+        )
+    except Exception as error:  # as above
+        raise DexportError(f"{folder}: {start!r} and {end!r} cannot mark a text ({error})") from error
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
     return ids[pad]
@@ -54,7 +57,7 @@ def _convert(folder: Path, start: str, end: str, pad: str) -> Any:
     """A tokenizer from vocab.json and merges.txt, with transformers' own idea of CLIP's way to split a text."""
     from transformers import CLIPTokenizerFast
 
-    vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    vocabulary = strict_json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     for token in (start, end, pad):  # else transformers would add it, with an id beyond the text encoder's table
@@ -71,7 +74,7 @@ def _read_options(folder: Path) -> dict[str, Any]:
         path = folder / name
         if path.is_file():
             try:
-                options |= json.loads(path.read_text(encoding="utf-8"))
+                options |= strict_json.loads(path.read_text(encoding="utf-8"), finite=False)
             except (ValueError, TypeError) as error:
                 raise DexportError(f"{path}: not valid JSON ({error}); copy or download it again") from error
     return options

@@ -241,6 +241,7 @@ def verify(
             expected = _golden(entries, f"{name}/outputs", tensor)
             agreement = compare(expected, outputs[tensor.name])
             checks.append(Check(name, tensor.name, agreement, BANDS[manifest.precision].graph))
+        del session  # or it would stand in memory beside the next one, while that is opened
     progress("done", 1.0)
     return checks
 

@@ -78,6 +78,8 @@ class Pipeline:
         ``threads``: for the runtime, None for all cores. ``cache``: a folder for what the runtime compiles at load.
         """
         folder = Path(folder)
+        if cache is not None and cache.exists() and not cache.is_dir():
+            raise DexportError(f"{cache}: the cache must be a folder; name another")
         manifest = bundle.load_manifest(folder, check=check)
         target = Target.parse(manifest.target)
         backend = require(target.backend)

@@ -83,6 +83,8 @@ def read_header(file: Path) -> dict[str, Entry]:
         text = stream.read(length)
     try:
         header = strict_json.loads(text)
+        if not isinstance(header, dict):
+            raise ValueError("it is no JSON object")
         header.pop("__metadata__", None)
         entries = {name: _entry(file, name, item, 8 + length) for name, item in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -115,10 +117,10 @@ def _entry(file: Path, name: str, item: Mapping[str, Any], base: int) -> Entry:
         raise ValueError(f"tensor {name!r} has the unsupported dtype {item['dtype']!r}")
     if not all(type(n) is int and 0 <= n <= LARGEST for n in (begin, end, *shape)) or end < begin:
         raise ValueError(f"tensor {name!r} has a wrong shape or offset")
-    if math.prod(max(n, 1) for n in shape) > LARGEST // 8:  # numpy refuses it, even where another side is 0
-        raise ValueError(f"tensor {name!r} has a shape that is too large")
     if len(shape) > DIMENSIONS:
         raise ValueError(f"tensor {name!r} has {len(shape)} dimensions; at most {DIMENSIONS} are read")
+    if math.prod(max(n, 1) for n in shape) > LARGEST // 8:  # numpy refuses it, even where another side is 0
+        raise ValueError(f"tensor {name!r} has a shape that is too large")
     return Entry(file, name, item["dtype"], shape, base + begin, end - begin)
 
 

@@ -16,6 +16,8 @@ from runtimes.errors import DexportError, Progress, silent
 from runtimes.manifest import Graph
 from runtimes.target import Target
 
+LARGEST_BATCH = 4096  # that an engine of fixed shapes may be built for
+
 
 class Compiler(Protocol):
     """What a module in exporter/compile offers."""
@@ -70,8 +72,8 @@ def compile_graph(
     DexportError for a precision or a graph that the target has no way to run.
     """
     check(target, precision)
-    if max_batch < 1:
-        raise DexportError(f"the largest batch is {max_batch}; it must be 1 or more")
+    if not 1 <= max_batch <= LARGEST_BATCH:
+        raise DexportError(f"the largest batch is {max_batch}; it must be 1 to {LARGEST_BATCH}")
     compiler = _compiler(target)
     if cache is None:
         return compiler.build(source, graph, output, target, precision, max_batch, progress)

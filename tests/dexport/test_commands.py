@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -166,6 +167,22 @@ def test_verify_shows_each_graph_against_its_band(say: Say, workshop: Workshop) 
     assert all(check["agreement"]["sqnr_db"] >= check["least_db"] for check in said.json["checks"])
     text = say("verify", workshop.bundle)
     assert "MISSED" not in text.out and "denoiser" in text.out
+
+
+def test_verify_holds_one_graph_at_a_time(say: Say, workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    from runtimes.backends import onnxruntime as backend
+
+    alive: WeakSet[object] = WeakSet()
+
+    class Watched(backend.OnnxRuntimeSession):
+        def __init__(self, *arguments: Any) -> None:
+            assert not alive, "a graph is opened while another is"
+            super().__init__(*arguments)
+            alive.add(self)
+
+    monkeypatch.setattr(backend, "OnnxRuntimeSession", Watched)
+    said = say("verify", workshop.bundle)
+    assert said.code == 0, said.err
 
 
 def test_verify_fails_a_bundle_whose_outputs_are_not_golden(say: Say, copy_bundle: Path) -> None:

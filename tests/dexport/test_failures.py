@@ -60,6 +60,7 @@ def build(say: Say, checkpoint: Path, output: Path) -> Said:
         (["run", "bundle", "--prompt", "x", "-o", "picture.jpg"], ".png"),
         (["run", "bundle", "--prompt", "x", "--steps", "0"], "--steps"),
         (["run", "bundle", "--prompt", "x", "--threads", "1000000"], "--threads"),
+        (["build", "here", "-o", "there", "--target", "onnxruntime", "--max-batch", "100000"], "--max-batch"),
         (["bench", "bundle", "--repeats", "none"], "--repeats"),
         (["completion", "dos"], "bash"),
     ],
@@ -184,6 +185,7 @@ def test_an_output_that_exists_is_kept(say: Say, workshop: Workshop, tmp_path: P
     [
         ("tensorrt:sm75=bf16", ("tensorrt:sm75 has no precision 'bf16'", "fp32, fp16")),
         ("openvino=int1", ("int1", "fp32, fp16, bf16")),
+        ("openvino=", ("name a precision", "openvino=bf16")),
     ],
 )
 def test_what_a_target_cannot_do_is_said_before_the_work(
@@ -226,6 +228,18 @@ def test_a_request_beyond_reason_is_one_line(
 ) -> None:
     refused(say("run", workshop.bundle, "--prompt", "red", "-o", tmp_path / "x.png", *words), part)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_that_is_too_large_is_said_before_the_work(say: Say, workshop: Workshop, tmp_path: Path) -> None:
+    for shape in ("320000x64", "20000x20000"):
+        refused(say("export", workshop.checkpoint, "-o", tmp_path / "hub", "--shape", shape), shape, "too large")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_cache_that_is_a_file(say: Say, workshop: Workshop, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("")
+    words = ("run", workshop.bundle, "--prompt", "x", "-o", tmp_path / "x.png", "--cache", tmp_path / "cache")
+    refused(say(*words), "cache", "must be a folder")
 
 
 def test_prompts_that_are_no_text(say: Say, tmp_path: Path) -> None:
@@ -310,15 +324,47 @@ def test_a_stop_leaves_nothing(
         process.kill()
         process.wait()
     assert process.returncode == code, err
-    assert (out, err.strip()) == ("", "error: interrupted" if stop == signal.SIGINT else "")
+    told = "interrupted" if stop == signal.SIGINT else f"stopped by {stop.name}"
+    assert (out, err.strip()) == ("", f"error: {told}")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_reader_that_leaves_is_no_error(workshop: Workshop) -> None:
-    line = f"{sys.executable} -m dexport inspect {workshop.hub} --json | head -c 1; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run([shutil.which("bash") or "sh", "-c", line], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode in (0, -signal.SIGPIPE)
+def shell(line: str) -> subprocess.CompletedProcess[str]:
+    bash = shutil.which("bash") or "sh"
+    return subprocess.run([bash, "-c", line], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_a_reader_that_leaves_is_no_failed_gate(workshop: Workshop, tmp_path: Path) -> None:
+    """The exit code is that of a process that SIGPIPE ends; or where all was written before it left, the true one."""
+    command = f"{sys.executable} -m dexport inspect"
+    done = shell(f"{command} {workshop.hub} --json | true; exit ${{PIPESTATUS[0]}}")
+    assert done.returncode in (0, 141)
     assert done.stderr == ""
+    done = shell(f"{command} {tmp_path / 'nowhere'} --json | true; exit ${{PIPESTATUS[0]}}")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("where", ["/dev/full", "&-"])
+def test_a_stdout_that_takes_nothing_is_one_line(workshop: Workshop, where: str) -> None:
+    done = shell(f"{sys.executable} -m dexport inspect {workshop.hub} --json >{where}")
+    assert done.returncode == (2 if where == "/dev/full" else 0)
+    assert "Traceback" not in done.stderr and done.stderr.count("\n") <= 1
+    done = shell(f"{sys.executable} -m dexport inspect nowhere --json >{where}")
+    assert done.returncode == 2
+    assert "no such folder" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_without_a_stderr_work_goes_on(workshop: Workshop) -> None:
+    done = shell(f"{sys.executable} -m dexport verify {workshop.bundle} --json 2>&-")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["passed"] is True
+
+
+def test_a_console_without_our_signs_shows_others(workshop: Workshop) -> None:
+    done = shell(f"PYTHONIOENCODING=cp1252 {sys.executable} -m dexport verify {workshop.bundle}")
+    assert done.returncode == 0, done.stderr
+    assert "? 90" in done.stdout
 
 
 def test_no_error_ever_prints_a_path_of_the_source(say: Say, tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -303,7 +305,7 @@ class TestCache:
         self.compile(paths)
         assert len(self.entries(paths)) == 7
 
-    @pytest.mark.parametrize("damage", ["flip", "missing", "extra", "entry"])
+    @pytest.mark.parametrize("damage", ["flip", "missing", "extra", "entry", "graph", "folder"])
     def test_a_damaged_entry_is_built_again(self, paths: Any, damage: str) -> None:
         first = self.compile(paths)
         (entry,) = self.entries(paths)
@@ -315,11 +317,26 @@ class TestCache:
             (entry / "model.bin").unlink()
         elif damage == "extra":
             (entry / "more").write_bytes(b"")
+        elif damage == "graph":  # that says other things of files that are right
+            text = (entry / "entry.json").read_text()
+            (entry / "entry.json").write_text(text.replace('"model.xml"', '"nope.xml"', 1))
+        elif damage == "folder":
+            (entry / "entry.json").unlink()
+            (entry / "entry.json").mkdir()
         else:
             (entry / "entry.json").write_text("{}")
         assert self.compile(paths) == first
         assert [path.name for path in self.entries(paths)] == [entry.name]
         assert {path.name for path in entry.iterdir()} == {"entry.json", "model.bin", "model.xml"}
+
+    def test_what_killed_writers_left_is_swept_after_a_day(self, paths: Any) -> None:
+        for name, age in ((".partial.old", 25), (".partial.new", 1)):
+            (paths[1] / name).mkdir(parents=True)
+            (paths[1] / name / "model.bin").write_bytes(b"half")
+            os.utime(paths[1] / name, (time.time() - age * 3600,) * 2)
+        self.compile(paths)
+        left = {path.name for path in self.entries(paths)}
+        assert ".partial.new" in left and ".partial.old" not in left and len(left) == 2
 
     def test_weights_elsewhere_are_refused(self, paths: Any) -> None:
         weights = paths[0].with_name("model.onnx.data")

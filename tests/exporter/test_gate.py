@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cache as memoize
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import onnx
@@ -118,3 +119,17 @@ def test_golden_vectors_are_one_recorded_call_of_each_graph(
             for tensor in tensors:
                 assert entries[f"{name}/{side}/{tensor.name}"].shape == (1, *tensor.shape[1:])
     assert len(entries) == sum(len(graph.inputs) + len(graph.outputs) for graph in model.graphs.values())
+
+
+def test_one_graph_is_in_memory_at_a_time(built: tuple[Model, Path, gate.Reference]) -> None:
+    """Else the largest graph's memory would stand beside the next one's."""
+    model, folder, reference = built
+    alive: WeakSet[Any] = WeakSet()
+
+    def load(name: str) -> Any:
+        assert not alive, f"{name} is opened while another graph is"
+        session = openvino.open(folder / model.graphs[name].file, model.graphs[name], "cpu", 2, None)
+        alive.add(session)
+        return session
+
+    gate.prove(reference, model, folder, "fp32", gate.one_at_a_time(load))

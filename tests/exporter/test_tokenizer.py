@@ -90,3 +90,16 @@ def test_damaged(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DexportError, match=r"no tokenizer.json, and no vocab.json with merges.txt"):
         tokenizer.write(folder, output)
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [('{"a":' * 50_000, "nested too deep"), ('{"bos_token": "$A"}', "not in the vocabulary")],
+    ids=["deep", "mark"],
+)
+def test_damaged_options_are_one_line(tiny_sd: Path, tmp_path: Path, options: str, words: str) -> None:
+    folder = Path(shutil.copytree(tiny_sd / "tokenizer", tmp_path / "tokenizer"))
+    (folder / "tokenizer_config.json").write_text(options)
+    with pytest.raises(DexportError, match=words) as caught:
+        tokenizer.write(folder, tmp_path / "out" / "tokenizer.json")
+    assert "\n" not in str(caught.value)

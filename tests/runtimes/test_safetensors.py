@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import ml_dtypes
@@ -111,3 +112,20 @@ def test_refuses_damaged_files(file: Path, content: bytes, message: str) -> None
         read_header(file)
     assert str(file) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_header_of_endless_dimensions_is_refused_at_once(tmp_path: Path) -> None:
+    shape = ",".join([str(2**62)] * 100_000)
+    header = f'{{"a":{{"dtype":"F32","shape":[{shape}],"data_offsets":[0,0]}}}}'.encode()
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    begin = time.monotonic()
+    with pytest.raises(DexportError, match="100000 dimensions"):
+        read_header(tmp_path / "a.safetensors")
+    assert time.monotonic() - begin < 10  # the product of the sides took minutes
+
+
+@pytest.mark.parametrize("header", ["[]", "3", "null"])
+def test_a_header_that_is_no_object_is_refused(tmp_path: Path, header: str) -> None:
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode())
+    with pytest.raises(DexportError, match="no JSON object"):
+        read_header(tmp_path / "a.safetensors")
