@@ -10,6 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from runtimes import schedule
 from runtimes.errors import DexportError
 from runtimes.samplers.prediction import predict
@@ -35,6 +37,24 @@ def multistep(config: Config, ask: Ask) -> Table:
     ends(config)
     check(config)
     times, sigmas = schedule.dpm_sigmas(config, ask)
+    levels = [schedule.level(config, float(sigma)) for sigma in sigmas]
+    return Table(follow(config, times, levels, ask), 1.0, levels[ask.begin])
+
+
+def inverse(config: Config, ask: Ask) -> Table:
+    """The same steps from an image to noise, as DDIM's inverse: https://arxiv.org/abs/2105.05233, appendix F."""
+    if config["algorithm_type"].startswith("sde-"):
+        raise DexportError(
+            f"DPMSolverMultistepInverseScheduler with algorithm_type={config['algorithm_type']!r} has no steps: the "
+            "variance of its noise is below 0 on the way to noise; take dpmsolver++"
+        )
+    if config["use_flow_sigmas"]:
+        raise DexportError(
+            "DPMSolverMultistepInverseScheduler with use_flow_sigmas=True does not go to noise, since its sigmas fall "
+            "(in diffusers too); set use_flow_sigmas to False"
+        )
+    check(config)
+    times, sigmas = _rising(config, ask)
     levels = [schedule.level(config, float(sigma)) for sigma in sigmas]
     return Table(follow(config, times, levels, ask), 1.0, levels[ask.begin])
 
@@ -163,6 +183,29 @@ def threshold(config: Config) -> dict[str, Any]:
     return {"clip": config["sample_max_value"], "threshold": config["dynamic_thresholding_ratio"]}
 
 
+def _rising(config: Config, ask: Ask) -> tuple[Floats, Floats]:
+    """Return timesteps [n] and sigmas [n + 1] of the inverse, which ends at the noisiest timestep, or repeats its end.
+
+    Spaced timesteps may repeat; each still goes with its sigma.
+    """
+    table, total = schedule.sigma_table(config), config["num_train_timesteps"]
+    respaced = schedule.respace(config, table, ask)
+    if respaced is not None:
+        times = schedule.times_of(respaced, table)
+        times = np.trunc(times.round() if config["use_karras_sigmas"] else times)
+        return times, schedule.rounded(np.append(respaced, respaced[-1]))
+    last, points = int(np.count_nonzero(-np.log(table) >= config["lambda_min_clipped"])), ask.steps + 1
+    if config["timestep_spacing"] == "linspace":
+        times = np.linspace(0, last - 1, points).round()[:-1]
+    elif config["timestep_spacing"] == "leading":
+        times = np.arange(points, dtype=np.float64)[:-1] * (last // points) + config["steps_offset"]
+    else:
+        times = np.arange(last, 0, -total / ask.steps)[: ask.steps].round()[::-1] - 1
+    if ask.steps > total or not ((times >= 0) & (times < total)).all() or (np.diff(times) <= 0).any():
+        raise DexportError(f"{ask.steps} steps are too many for {total} timesteps; take fewer")
+    return times, schedule.rounded(np.append(np.interp(times, np.arange(total), table), table[last - 1]))
+
+
 LEVELS: Mapping[str, Any] = {
     **COMMON,
     **SPACED_SIGMAS,
@@ -207,4 +250,5 @@ CLASSES: Mapping[str, Sampler] = {
         },
         ("timesteps", "mu"),
     ),
+    "DPMSolverMultistepInverseScheduler": Sampler(inverse, MULTISTEP, counts_down=False),
 }

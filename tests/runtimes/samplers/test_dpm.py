@@ -328,3 +328,94 @@ def test_a_wrong_row_is_detected(algorithm: str) -> None:
             changed = dataclasses.replace(right, **{field: getattr(right, field) * (1 + 1e-6)})
             rows = (*table.rows[:index], changed, *table.rows[index + 1 :])
             assert theirs.differs(table_map(dataclasses.replace(table, rows=rows)), DOUBLE_LIMIT)
+
+
+INVERSE = {"_class_name": "DPMSolverMultistepInverseScheduler"}
+INVERSE_CASES: dict[str, dict[str, Any]] = {
+    "latent": LATENT,
+    "leading": {**LATENT, "timestep_spacing": "leading"},
+    "trailing": {"timestep_spacing": "trailing", "euler_at_final": True},
+    "v": {**OWN, "prediction_type": "v_prediction", "lower_order_final": False},
+    "sample": {**LATENT, "prediction_type": "sample"},
+    "lambda-clipped": {**COSINE, "lambda_min_clipped": -5.1},
+    "exponential": {**LATENT, "use_exponential_sigmas": True},
+    "karras": {**LATENT, "use_karras_sigmas": True},
+    "beta": {**LATENT, "use_beta_sigmas": True},
+}
+INVERSE_SOLVERS = [solver for solver in SOLVERS if not solver[0].startswith("sde")]
+
+
+@pytest.mark.parametrize("case", INVERSE_CASES)
+@pytest.mark.parametrize(("algorithm", "order", "solver"), INVERSE_SOLVERS)
+def test_the_inverse_is_that_of_diffusers(case: str, algorithm: str, order: int, solver: str) -> None:
+    config = combined(algorithm, order, solver, **INVERSE_CASES[case]) | INVERSE
+    spaced = case in ("exponential", "karras", "beta")
+    for steps in (1, 2, 4, 10, 14) if spaced else STEPS:
+        # Spaced timesteps that lie between two of float32 are cut to whole ones by their last digit.
+        table = compile_table(config, steps)
+        if len({row.t for row in table.rows}) == steps:  # see test_the_inverse_loses_steps_in_diffusers
+            assert not diffusers_map(config, steps, double=True).differs(table_map(table), 1e-8, float(spaced))
+
+
+def test_the_inverse_loses_steps_in_diffusers() -> None:
+    """Where rounded timesteps repeat, diffusers leaves them out, but not their sigmas: it stops short of the noise."""
+    config = {**INVERSE, **LATENT, "use_karras_sigmas": True}
+    scheduler = diffusers_scheduler(diffusers.DPMSolverMultistepInverseScheduler, config, 50, True)
+    table = compile_table(config, 50)
+    assert len(scheduler.timesteps) < len(scheduler.sigmas) - 1 == len(table.rows)
+    assert [row.t for row in table.rows][-1] == scheduler.timesteps[-1] == 999
+
+
+def test_the_inverse_undoes_the_way_from_noise() -> None:
+    """With a model that predicts the one eps there is, an image comes back from its noise."""
+    forth, back = {**LATENT, **INVERSE}, {**LATENT, **LOW, "_class_name": KIND}
+    image, eps = np.full((1, 1, 1, 1), 0.5), np.full((1, 1, 1, 1), -0.8)
+    noisy = compile_table(forth, 20)
+    start = noisy.mix[0] * image + noisy.mix[1] * eps
+    *_, there = loop.sample(noisy, start, lambda *_: eps, lambda: eps)
+    *_, again = loop.sample(compile_table(back, 20), there.sample, lambda *_: eps, lambda: eps)
+    np.testing.assert_allclose(again.sample, start, rtol=1e-6)
+
+
+@pytest.mark.parametrize("thresholded", ["dpmsolver++", "dpmsolver"])
+def test_the_thresholded_inverse_is_that_of_diffusers(thresholded: str) -> None:
+    options = {"thresholding": True, "sample_max_value": 1.5, "dynamic_thresholding_ratio": 0.9}
+    for steps in (3, 10, 20):
+        compare_trajectories(combined(thresholded, 2, "midpoint", **LATENT, **options) | INVERSE, steps)
+
+
+@pytest.mark.parametrize("begin", [1, 4, 9])
+def test_the_inverse_begins_later_as_in_diffusers(begin: int) -> None:
+    config = {**INVERSE, **LATENT, "solver_order": 3}
+    assert not different(config, 10, begin=begin)
+    scheduler = diffusers_scheduler(diffusers.DPMSolverMultistepInverseScheduler, config, 10, True)
+    image, noise = torch.ones(1).double(), torch.zeros(1).double()
+    first = scheduler.timesteps[begin : begin + 1]
+    mix = [float(scheduler.add_noise(*pair, first)) for pair in ((image, noise), (noise, image))]
+    assert compile_table(config, 10, begin=begin).mix == pytest.approx(mix, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"algorithm_type": "sde-dpmsolver++"}, "has no steps"),  # NaN in diffusers
+        ({"algorithm_type": "sde-dpmsolver"}, "has no steps"),
+        ({**FLOW}, "does not go to noise"),
+        ({"prediction_type": "flow_prediction"}, "needs use_flow_sigmas"),
+        ({"algorithm_type": "unipc"}, "algorithm_type='unipc'"),
+    ],
+)
+def test_what_makes_no_inverse_is_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(DexportError, match=words) as caught:
+        compile_table({**INVERSE, **options}, 5)
+    assert "\n" not in str(caught.value)
+    if options.get("algorithm_type", "").startswith("sde"):
+        assert np.isnan(diffusers_map({**INVERSE, **options}, 5, double=False).samples).any()
+    with pytest.raises(DexportError, match="take fewer"):
+        compile_table(INVERSE, 1001)
+
+
+def test_the_sigmas_of_the_inverse_of_a_flow_fall_in_diffusers() -> None:
+    scheduler = diffusers.DPMSolverMultistepInverseScheduler(use_flow_sigmas=True)
+    scheduler.set_timesteps(5)
+    assert (scheduler.sigmas.diff() <= 0).all()
