@@ -48,10 +48,10 @@ def inverse(config: Config, ask: Ask) -> Table:
             f"DPMSolverMultistepInverseScheduler with algorithm_type={config['algorithm_type']!r} has no steps: the "
             "variance of its noise is below 0 on the way to noise; take dpmsolver++"
         )
-    if config["use_flow_sigmas"]:
+    if config["use_flow_sigmas"] or config["prediction_type"] == "flow_prediction":
         raise DexportError(
-            "DPMSolverMultistepInverseScheduler with use_flow_sigmas=True does not go to noise, since its sigmas fall "
-            "(in diffusers too); set use_flow_sigmas to False"
+            "DPMSolverMultistepInverseScheduler has no way to noise for a flow (use_flow_sigmas, flow_prediction): "
+            "its sigmas fall, in diffusers too; take it with a diffusion model only"
         )
     check(config)
     times, sigmas = _rising(config, ask)
@@ -119,7 +119,7 @@ def order(config: Config, times: Floats, index: int, ask: Ask) -> int:
 def advance(config: Config, levels: Sequence[Level], index: int, order: int, past: Sequence[Form]) -> Form:
     """The sample after a step: https://arxiv.org/abs/2211.01095, algorithm 2 and appendix B, with divided differences.
 
-    D1 and D2 are h and h^2 times the first and the second difference of the outputs m at lambda.
+    D1 and D2 are h and h^2 times the first derivative and the second divided difference of the outputs at lambda.
     """
     here, to = levels[index : index + 2]
     h = lambda_(to) - lambda_(here)
@@ -132,6 +132,7 @@ def advance(config: Config, levels: Sequence[Level], index: int, order: int, pas
     if order == 2:
         return x - scale * (phi(2, z) if config["solver_type"] == "heun" else phi(1, z) / 2) * slope
     slope_before = h / (before[1] - before[2]) * (past[1] - past[2])
+    # As in diffusers; with all of the second difference, twice D2, the step would be of the third order.
     share = 1 / (before[0] - before[2]) * (slope - slope_before)
     d1, d2 = slope + (before[0] - before[1]) * share, h * share
     return x - scale * phi(2, z) * d1 - scale * third(config, z) * d2
