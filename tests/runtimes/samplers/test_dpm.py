@@ -114,6 +114,16 @@ def test_map_of_every_solver_on_every_schedule(case: str, algorithm: str, order:
         assert not different(config, steps, **asked), f"{steps} steps"
 
 
+def test_an_sde_does_not_go_back() -> None:
+    """Where a flow's last sigma lies below the lowest that betas give, the last step would take noise away."""
+    config = {
+        "_class_name": "DPMSolverMultistepScheduler", **LOW, "algorithm_type": "sde-dpmsolver++", "use_flow_sigmas": True,
+        "prediction_type": "flow_prediction", "flow_shift": 0.2,
+    }  # fmt: skip
+    with pytest.raises(DexportError, match="final_sigmas_type to 'zero'"):
+        compile_table(config, 50)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     solver=st.sampled_from(SOLVERS),
@@ -146,6 +156,8 @@ def test_map_for_any_options(
     if kind == "flow_prediction":
         solver = (solver[0] if solver[0].endswith("++") else "dpmsolver++", *solver[1:])
         options |= {"use_flow_sigmas": True, "flow_shift": shift}
+        if solver[0].startswith("sde-"):
+            options.pop("final_sigmas_type", None)  # see test_an_sde_does_not_go_back
     elif spaced:
         options |= {spaced: True}
     config = combined(*solver, **options)
@@ -154,8 +166,25 @@ def test_map_for_any_options(
     if spacing == "trailing":
         steps = max(s for s in range(1, steps + 1) if total % s == 0)  # else rounding may give one step more
     theirs = diffusers_map(config, steps, double=True)
+    if np.isnan(theirs.samples).any():  # see test_an_sde_does_not_step_up_to_sigma_min
+        with pytest.raises(DexportError, match="no step up"):
+            compile_table(config, steps)
+        return
     # Spaced timesteps that lie between two of float32 are cut to whole ones by their last digit.
     assert not theirs.differs(table_map(compile_table(config, steps)), 1e-8, 1.0 if spaced else 0.0)
+
+
+def test_an_sde_does_not_step_up_to_sigma_min() -> None:
+    """sigma_min is that of the betas, and may be above the last sigmas of a flow; diffusers then makes NaN of noise."""
+    for algorithm in ("sde-dpmsolver++", "sde-dpmsolver"):
+        config = combined(algorithm, 2, "midpoint", **LATENT, **LOW, use_flow_sigmas=True)
+        assert np.isnan(diffusers_map(config, 40, double=True).samples).any()
+        with pytest.raises(DexportError, match="no step up in noise") as caught:
+            compile_table(config, 40)
+        assert "\n" not in str(caught.value)
+        assert not different(config, 20)
+        # Without noise it is a step like any.
+        assert not different(config | {"algorithm_type": "dpmsolver++"}, 40)
 
 
 @pytest.mark.parametrize("order", [2, 3])
