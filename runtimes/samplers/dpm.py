@@ -37,10 +37,6 @@ def multistep(config: Config, ask: Ask) -> Table:
     ends(config)
     check(config)
     times, sigmas = schedule.dpm_sigmas(config, ask)
-    if config["algorithm_type"].startswith("sde-") and (np.diff(sigmas) > 0).any():
-        raise DexportError(
-            "the last sigma lies above the one before, and an SDE cannot go back; set final_sigmas_type to 'zero'"
-        )
     levels = [schedule.level(config, float(sigma)) for sigma in sigmas]
     return Table(follow(config, times, levels, ask), 1.0, levels[ask.begin])
 
@@ -155,7 +151,7 @@ def integral(config: Config, here: Level, to: Level) -> tuple[float, float, floa
     if config["algorithm_type"].startswith("sde-") and h < 0:
         raise DexportError(
             f"algorithm_type={config['algorithm_type']!r} has no step up in noise, and sigma_min is above the "
-            "last sigmas of these steps; take fewer steps, or dpmsolver++"
+            "last sigmas of these steps; take dpmsolver++, or sde-dpmsolver++ and set final_sigmas_type to 'zero'"
         )
     if config["algorithm_type"] == "sde-dpmsolver":
         return alpha_to / alpha, sigma_to * math.sqrt(math.expm1(2 * h)), h, 2 * sigma_to
