@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -113,12 +114,17 @@ def compile_table(
     if (start or end < 1) and (not found.counts_down or config.get("invert_sigmas")):
         raise DexportError(f"{name}: its timesteps do not fall from num_train_timesteps; leave start and end out")
     if start:
-        whole = compile_table(scheduler, steps, sampler=sampler, timesteps=timesteps, sigmas=sigmas, mu=mu)
-        times = [row.t for row in whole.rows]
-        left = sum(t < _cutoff(config, start) for t in times)
-        begin = max(begin, (len(times) - left) // found.order)  # of two calls in a step the first is never left out
-        if begin >= steps:
+
+        def rows(begin: int) -> tuple[Row, ...]:
+            return compile_table(
+                scheduler, steps, sampler=sampler, timesteps=timesteps, sigmas=sigmas, mu=mu, begin=begin
+            ).rows
+
+        left = sum(row.t < _cutoff(config, start) for row in rows(0))
+        if not left:
             raise DexportError(f"no step of {steps} is left after the start at {start:g}; take more steps")
+        # The last step from which at least those calls are made: of two calls in a step the first is never left out.
+        begin = max(begin, bisect_right(range(steps), -left, key=lambda step: -len(rows(step))) - 1)
     try:
         with np.errstate(divide="raise", over="raise", invalid="raise"):
             table = found.solver(config, Ask(steps, timesteps, sigmas, begin, mu))

@@ -135,6 +135,7 @@ CLASSES: Mapping[str, Sampler] = {
             "set_alpha_to_zero": None,  # what older configs call set_alpha_to_one
             "rescale_betas_zero_snr": False,
         },
+        counts_down=False,
     ),
     "CogVideoXDDIMScheduler": Sampler(cogvideox_ddim, COGVIDEOX),
     "CogVideoXDPMScheduler": Sampler(cogvideox_dpm, COGVIDEOX),

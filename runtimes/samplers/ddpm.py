@@ -118,5 +118,5 @@ CLASSES: Mapping[str, Sampler] = {
             "beta_schedule": OneOf("squaredcos_cap_v2", ("squaredcos_cap_v2",)),
         },
     ),
-    "DDPMWuerstchenScheduler": Sampler(wuerstchen, {"scaler": 1.0, "s": 0.008}, ("timesteps",)),
+    "DDPMWuerstchenScheduler": Sampler(wuerstchen, {"scaler": 1.0, "s": 0.008}, ("timesteps",), counts_down=False),
 }

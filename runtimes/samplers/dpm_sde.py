@@ -59,6 +59,5 @@ CLASSES: Mapping[str, Sampler] = {
         # The seed of diffusers' own noise; ours is the loop's.
         dpm_sde,
         {**OPTIONS, "prediction_type": EPS_OR_V, "noise_sampler_seed": None},
-        order=2,
     ),
 }

@@ -173,7 +173,7 @@ CLASSES: Mapping[str, Sampler] = {
     "FlowMatchEulerDiscreteScheduler": Sampler(
         euler, {**FLOW, "stochastic_sampling": False}, ("timesteps", "sigmas", "mu")
     ),
-    "FlowMatchHeunDiscreteScheduler": Sampler(heun, {"num_train_timesteps": 1000, "shift": 1.0}, order=2),
+    "FlowMatchHeunDiscreteScheduler": Sampler(heun, {"num_train_timesteps": 1000, "shift": 1.0}),
     "FlowMatchLCMScheduler": Sampler(
         renewed,
         # Factors by which the latents grow from step to step: the loop's sample keeps its size.

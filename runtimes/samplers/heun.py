@@ -113,8 +113,7 @@ CLASSES: Mapping[str, Sampler] = {
             "clip_sample_range": 1.0,
         },
         ("timesteps",),
-        order=2,
     ),
-    "KDPM2DiscreteScheduler": Sampler(kdpm2, {**OPTIONS, "prediction_type": EPS_OR_V}, order=2),
-    "KDPM2AncestralDiscreteScheduler": Sampler(kdpm2_ancestral, {**OPTIONS, "prediction_type": EPS_OR_V}, order=2),
+    "KDPM2DiscreteScheduler": Sampler(kdpm2, {**OPTIONS, "prediction_type": EPS_OR_V}),
+    "KDPM2AncestralDiscreteScheduler": Sampler(kdpm2_ancestral, {**OPTIONS, "prediction_type": EPS_OR_V}),
 }

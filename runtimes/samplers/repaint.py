@@ -75,5 +75,6 @@ CLASSES: Mapping[str, Sampler] = {
             "jump_length": 10,
             "jump_n_sample": 10,
         },
+        counts_down=False,
     ),
 }

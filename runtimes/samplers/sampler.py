@@ -28,15 +28,13 @@ class Sampler:
 
     options: each option with its default or, where not every value is supported, ``OneOf``. A class's options that are
     not here (and all of other classes) are ignored, as diffusers' ``from_config`` ignores what a class does not know.
-    order: calls of the model in a step, but for the last, as diffusers' ``order``. takes: which of "timesteps",
-    "sigmas" and "mu" may be given in place of the config's own. counts_down: whether its t falls from
-    num_train_timesteps, so that models can share its way.
+    takes: which of "timesteps", "sigmas" and "mu" may be given in place of the config's own. counts_down: whether its t
+    falls from num_train_timesteps, so that models can share its way.
     """
 
     solver: Solver
     options: Mapping[str, Any]
     takes: tuple[str, ...] = ()
-    order: int = 1
     counts_down: bool = True
 
 

@@ -63,8 +63,11 @@ CLASSES: Mapping[str, Sampler] = {
             "sampling_eps": 1e-5,
             "correct_steps": 1,
         },
+        counts_down=False,
     ),
     "ScoreSdeVpScheduler": Sampler(
-        variance_preserving, {"num_train_timesteps": 2000, "beta_min": 0.1, "beta_max": 20.0, "sampling_eps": 1e-3}
+        variance_preserving,
+        {"num_train_timesteps": 2000, "beta_min": 0.1, "beta_max": 20.0, "sampling_eps": 1e-3},
+        counts_down=False,
     ),
 }

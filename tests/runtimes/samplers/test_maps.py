@@ -7,12 +7,14 @@ import inspect
 import itertools
 import json
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionXLImg2ImgPipeline
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -439,3 +441,31 @@ def test_forms_read_as_algebra() -> None:
     assert (made.s_x, made.s_s, made.h_x, made.h_m, made.clip) == (1.0, 0.0, 3.0, 0.0, math.inf)
     with pytest.raises(ValueError, match="X and M only"):
         row(3, X, h=S)
+
+
+@pytest.mark.parametrize("name", ["ddim", "euler", "heun", "dpm_2", "dpmpp_2m", "unipc", "pndm", "lms"])
+@pytest.mark.parametrize("steps", [7, 20])
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+def test_a_shared_way_is_cut_as_in_diffusers(name: str, steps: int, share: float) -> None:
+    """denoising_end of one model and denoising_start of the next, in SDXL's pipelines."""
+    config = {**LATENT, "timestep_spacing": "leading", "clip_sample": False}
+    kind, overrides = NAMES[name]
+    scheduler = getattr(diffusers, kind).from_config({**config, **overrides})
+    scheduler.set_timesteps(steps)
+    every = [row.t for row in compile_table(config, steps, sampler=name).rows]
+    cutoff = round(1000 - share * 1000)
+    first = compile_table(config, steps, sampler=name, end=share)
+    assert [row.t for row in first.rows] == [t for t in every if t >= cutoff]
+    pipeline = SimpleNamespace(scheduler=scheduler)
+    theirs, _ = StableDiffusionXLImg2ImgPipeline.get_timesteps(pipeline, steps, 1.0, "cpu", denoising_start=share)
+    second = compile_table(config, steps, sampler=name, start=share)
+    np.testing.assert_allclose([row.t for row in second.rows], theirs.double().numpy(), atol=1e-3)
+
+
+def test_a_way_that_does_not_count_down_is_not_shared() -> None:
+    for kind in ("DDPMWuerstchenScheduler", "EDMEulerScheduler", "DDIMInverseScheduler", "ScoreSdeVpScheduler"):
+        with pytest.raises(DexportError, match="leave start and end out"):
+            compile_table({"_class_name": kind}, 5, start=0.5)
+    for words, share in (("before the end", {"end": 0.001}), ("must rise", {"start": 0.5, "end": 0.5})):
+        with pytest.raises(DexportError, match=words):
+            compile_table({"_class_name": "DDIMScheduler"}, 5, **share)

@@ -1,0 +1,116 @@
+"""Write docs/samplers.md: every scheduler class of the installed diffusers with its state, and every short name.
+
+python docs/samplers.py
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from pathlib import Path
+
+import diffusers.schedulers
+from diffusers import SchedulerMixin
+
+from runtimes.samplers import CLASSES, NAMES, REFUSED, names
+
+PAGE = Path(__file__).with_name("samplers.md")
+EXCEPT = {
+    "DDIMInverseScheduler": "`sample` prediction from an image without noise",
+    "DEISMultistepScheduler": "thresholding with order 3",
+    "DPMSolverMultistepInverseScheduler": "SDEs and flows, where diffusers gives NaN",
+    "DPMSolverMultistepScheduler": "order 3 of dpmsolver with thresholding; spaced sigmas of a flow",
+    "FlowMapEulerDiscreteScheduler": "its model's second time, which the loop does not pass",
+    "FlowMatchLCMScheduler": "`scale_factors`, which resize the latents",
+    "HeliosDMDScheduler": "`stages` other than 1",
+    "HeliosScheduler": "`stages` other than 1, and solvers other than `scheduler_type='euler'`",
+    "LTXEulerAncestralRFScheduler": "`invert_sigmas`",
+    "PNDMScheduler": "a list of timesteps with Runge-Kutta steps",
+    "SASolverScheduler": "`tau_func`, a function (`tau`, a number, in its place); thresholding with noise_prediction",
+    "ScoreSdeVeScheduler": "`correct_steps` other than 0: the corrector's step depends on norms",
+    "UniPCMultistepScheduler": "`solver_p` and orders above 3",
+}
+HEAD = """# Samplers
+
+A sampler is a table with one row for each call of the model ([architecture](architecture.md)). Whatever scheduler a
+checkpoint brings, its `scheduler_config.json` is compiled to such a table, in float64 and without torch. `--sampler`
+takes another by its name, and the options that both know carry over.
+
+    dexport sampler dpmpp_2m_karras --steps 20                        # the table
+    dexport sampler euler --of checkpoint --plot euler.png            # with its schedule; sigma and timesteps drawn
+    dexport run bundle --prompt "a red apple" --sampler "DPM++ 2M Karras" -o apple.png
+
+Names are read without regard to case, spaces and dashes. `_karras`, `_exponential` and `_beta` may follow each name
+whose class can space its sigmas so. The classes of diffusers are names too. Beyond diffusers' options a config may hold
+`eta` (DDIM: 0 to 1; TCD: its gamma), `tau` (SA-Solver) and `use_clipped_model_output` (DDIM), which there are arguments
+of methods.
+
+This page is written by `python docs/samplers.py`; a test holds it to the code.
+
+## Names
+
+| name | class | options that it implies |
+|---|---|---|
+"""
+STATES = """
+## Classes
+
+"exact" is: the whole linear map, from start noise, outputs of the model and fresh noise to every step's sample, is that
+of diffusers. Its code is made to compute in float64 for this, and agrees to 1e-10; where it makes its noise levels in
+float32, to what the tests in `tests/runtimes/samplers` say. What is not supported is refused with one line.
+
+| class of diffusers {version} | state |
+|---|---|
+"""
+TAIL = """
+## Where diffusers errs
+
+Followed, so that the same config gives the same picture:
+
+- DPM-Solver of order 3, multistep, takes half of the second difference that it should, and so is of order 2.
+- sde-dpmsolver++ of order 3 has a wrong sign in the same term: its samples spread too far. Take `dpmpp_2m_sde`.
+- Flow matching shifts the ends of a spaced schedule, and then the whole of it again.
+- RePaint's step back takes its betas about one stride too high.
+
+Not followed, since nothing could be drawn there: divisions of 0 by 0 (UniPC's bh1 at the end, Karras sigmas that end
+twice at sigma_min, one step of several schedules), LMS from the middle, a mu that stays in the config. The tests name
+each.
+"""
+
+
+def every_class() -> list[str]:
+    """The names of diffusers' scheduler classes, sorted."""
+    found = set()
+    for info in pkgutil.walk_packages(diffusers.schedulers.__path__, diffusers.schedulers.__name__ + "."):
+        if "flax" in info.name:
+            continue
+        for name, value in vars(importlib.import_module(info.name)).items():
+            if inspect.isclass(value) and issubclass(value, SchedulerMixin) and value is not SchedulerMixin:
+                found.add(name)
+    return sorted(found)
+
+
+def state(name: str) -> str:
+    """What can be said of a class in a line."""
+    refused = {**REFUSED, **names.REFUSED}
+    if name in refused:
+        return f"refused: {refused[name]}"
+    if name not in CLASSES:
+        return "unknown"
+    return f"exact but for {EXCEPT[name]}" if name in EXCEPT else "exact"
+
+
+def page() -> str:
+    """The whole page."""
+    named = [
+        f"| `{name}` | {kind} | {', '.join(f'`{key}={value!r}`' for key, value in options.items())} |"
+        for name, (kind, options) in NAMES.items()
+    ]
+    classes = [f"| {name} | {state(name)} |" for name in every_class()]
+    version = diffusers.__version__
+    return HEAD + "\n".join(named) + "\n" + STATES.format(version=version) + "\n".join(classes) + "\n" + TAIL
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
