@@ -27,7 +27,7 @@ from runtimes.samplers import NAMES, compile_table
 STEPS = 20
 SMALL = (1, 1, 1, 1)
 SHAPES = {"SD 1.5": (1, 4, 64, 64), "SDXL": (1, 4, 128, 128)}
-MEASURED = ("ddim", "euler", "euler_ancestral", "dpmpp_2m")
+MEASURED = ("ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "lms", "flow_euler", "lcm")
 SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
