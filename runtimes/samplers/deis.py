@@ -10,9 +10,10 @@ import numpy as np
 
 from runtimes import schedule
 from runtimes.errors import DexportError
+from runtimes.samplers.dpm import threshold
 from runtimes.samplers.prediction import predict
 from runtimes.samplers.sampler import OneOf, Sampler
-from runtimes.samplers.unipc import LEVELS, levels, threshold
+from runtimes.samplers.unipc import LEVELS, levels
 from runtimes.schedule import Ask, Config, Floats
 from runtimes.table import H0, H1, H2, Form, S, Table, X, row
 

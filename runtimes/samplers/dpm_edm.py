@@ -52,11 +52,11 @@ def _table(config: Config, ask: Ask, times_of: Callable[[Floats], Floats]) -> Ta
         sigma = levels[index][1]
         x = advance(config, levels, index, order(config, times, index, ask), [H0, H1, H2])
         scale = 1 / math.hypot(sigma, config["sigma_data"])
-        rows.append(row(times[index], x, scale=scale, h=_x0(config, sigma), shift=True, **threshold(config)))
+        rows.append(row(times[index], x, scale=scale, h=x0(config, sigma), shift=True, **threshold(config)))
     return Table(tuple(rows), math.hypot(high, 1), levels[ask.begin])
 
 
-def _x0(config: Config, sigma: float) -> Form:
+def x0(config: Config, sigma: float) -> Form:
     """https://arxiv.org/abs/2206.00364, formula 7 with the factors of table 1; where v is predicted, -v counts."""
     data = float(config["sigma_data"])
     skip, out = data**2 / (sigma**2 + data**2), sigma * data / math.hypot(sigma, data)
@@ -71,17 +71,22 @@ EDM: Mapping[str, Any] = {
     "num_train_timesteps": 1000,
     "prediction_type": OneOf("epsilon", ("epsilon", "v_prediction")),
     "rho": 7.0,
+    "final_sigmas_type": FINAL_SIGMA,
+}
+"""The options of noise and preconditioning."""
+
+SOLVER: Mapping[str, Any] = {
     "solver_order": OneOf(2, (1, 2)),
     "solver_type": SOLVER_TYPE,
     "lower_order_final": True,
     "euler_at_final": False,
-    "final_sigmas_type": FINAL_SIGMA,
 }
 CLASSES: Mapping[str, Sampler] = {
     "EDMDPMSolverMultistepScheduler": Sampler(
         edm,
         {
             **EDM,
+            **SOLVER,
             **THRESHOLDING,
             "solver_order": OneOf(2, (1, 2, 3)),
             "algorithm_type": OneOf("dpmsolver++", ("dpmsolver++", "sde-dpmsolver++", "deis")),
@@ -92,6 +97,7 @@ CLASSES: Mapping[str, Sampler] = {
         cosine,
         {
             **EDM,
+            **SOLVER,
             "sigma_min": 0.3,
             "sigma_max": 500.0,
             "sigma_data": 1.0,

@@ -5,27 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from itertools import pairwise
-from math import sqrt
 
 import numpy as np
 
 from runtimes import schedule
-from runtimes.samplers.sampler import FINAL_SIGMA, OneOf, Sampler
+from runtimes.samplers.dpm_edm import EDM, x0
+from runtimes.samplers.sampler import Sampler
 from runtimes.schedule import Ask, Config, Floats
-from runtimes.table import M, Table, X, row
+from runtimes.table import Table, X, row
 
 
 def euler(config: Config, ask: Ask) -> Table:
     """Euler's method, https://arxiv.org/abs/2206.00364, algorithm 1, with table 1's c_skip, c_out, c_in and c_noise."""
-    data = config["sigma_data"]
     sigmas = _sigmas(config, ask.steps)
     rows = []
     for sigma, to in list(pairwise(sigmas.tolist()))[ask.begin :]:
-        size = sqrt(sigma**2 + data**2)
-        c_out = sigma * data / size * (1 if config["prediction_type"] == "epsilon" else -1)
-        x0 = data**2 / size**2 * X + c_out * M
-        rows.append(row(math.log(sigma) / 4, X + (to - sigma) / sigma * (X - x0), scale=1 / size))
-    return Table(tuple(rows), sqrt(config["sigma_max"] ** 2 + 1), (1.0, float(sigmas[ask.begin])))
+        x = X + (to - sigma) / sigma * (X - x0(config, sigma))
+        rows.append(row(math.log(sigma) / 4, x, scale=1 / math.hypot(sigma, config["sigma_data"])))
+    return Table(tuple(rows), math.hypot(config["sigma_max"], 1), (1.0, float(sigmas[ask.begin])))
 
 
 def _sigmas(config: Config, steps: int) -> Floats:
@@ -40,16 +37,7 @@ def _sigmas(config: Config, steps: int) -> Floats:
 CLASSES: Mapping[str, Sampler] = {
     "EDMEulerScheduler": Sampler(
         euler,
-        {
-            "sigma_min": 0.002,
-            "sigma_max": 80.0,
-            "sigma_data": 0.5,
-            "sigma_schedule": OneOf("karras", ("karras", "exponential")),
-            "num_train_timesteps": 1000,
-            "prediction_type": OneOf("epsilon", ("epsilon", "v_prediction")),
-            "rho": 7.0,
-            "final_sigmas_type": FINAL_SIGMA,
-        },
+        EDM,
         counts_down=False,
     ),
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from itertools import pairwise
 from math import sqrt
 from typing import Any
@@ -36,29 +37,19 @@ def heun(config: Config, ask: Ask) -> Table:
     return _table(config, sigmas, rows, ask)
 
 
-def kdpm2(config: Config, ask: Ask) -> Table:
-    """DPM-Solver-2, https://arxiv.org/abs/2206.00927, algorithm 1, as steps in sigma rather than in lambda."""
-    times, sigmas, middle = _through_the_middle(config, ask, ancestral=False)
+def kdpm2(config: Config, ask: Ask, *, ancestral: bool = False) -> Table:
+    """DPM-Solver-2, https://arxiv.org/abs/2206.00927, algorithm 1, as steps in sigma rather than in lambda.
+
+    ancestral: to a lower sigma, and noise up again, as Euler's ancestral method does.
+    """
+    times, sigmas, middle = _through_the_middle(config, ask, ancestral=ancestral)
     rows: list[Row] = []
     for index in range(ask.begin, len(times)):
         sigma, to = sigmas[index], sigmas[index + 1]
         mid, t = middle[index]
         rows.append(_row(config, times[index], sigma, X + (mid - sigma) / sigma * (X - H0), s=X))
         if to:
-            rows.append(_row(config, t, mid, S + (to - sigma) / mid * (X - H0)))
-    return _table(config, sigmas, rows, ask)
-
-
-def kdpm2_ancestral(config: Config, ask: Ask) -> Table:
-    """The same to a lower sigma, and noise up again, as Euler's ancestral method does."""
-    times, sigmas, middle = _through_the_middle(config, ask, ancestral=True)
-    rows: list[Row] = []
-    for index in range(ask.begin, len(times)):
-        sigma, to = sigmas[index], sigmas[index + 1]
-        mid, t = middle[index]
-        rows.append(_row(config, times[index], sigma, X + (mid - sigma) / sigma * (X - H0), s=X))
-        if to:
-            up, down = split(sigma, to)
+            up, down = split(sigma, to) if ancestral else (0.0, to)
             rows.append(_row(config, t, mid, S + (down - sigma) / mid * (X - H0) + up * Z))
     return _table(config, sigmas, rows, ask)
 
@@ -115,5 +106,7 @@ CLASSES: Mapping[str, Sampler] = {
         ("timesteps",),
     ),
     "KDPM2DiscreteScheduler": Sampler(kdpm2, {**OPTIONS, "prediction_type": EPS_OR_V}),
-    "KDPM2AncestralDiscreteScheduler": Sampler(kdpm2_ancestral, {**OPTIONS, "prediction_type": EPS_OR_V}),
+    "KDPM2AncestralDiscreteScheduler": Sampler(
+        partial(kdpm2, ancestral=True), {**OPTIONS, "prediction_type": EPS_OR_V}
+    ),
 }

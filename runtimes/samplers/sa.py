@@ -10,9 +10,10 @@ import numpy as np
 from runtimes import schedule
 from runtimes.errors import DexportError
 from runtimes.samplers.deis import low_levels
+from runtimes.samplers.dpm import lambda_, threshold
 from runtimes.samplers.prediction import predict
 from runtimes.samplers.sampler import OneOf, Sampler
-from runtimes.samplers.unipc import HISTORY, LEVELS, lambda_, threshold
+from runtimes.samplers.unipc import HISTORY, LEVELS
 from runtimes.schedule import Ask, Config
 from runtimes.table import Form, S, Table, X, Z, row
 
@@ -41,7 +42,7 @@ def sa(config: Config, ask: Ask) -> Table:
         order = min(predictor, left if config["lower_order_final"] else predictor, made + 1)
         corrected = min(corrector, left + 1 if config["lower_order_final"] else corrector, made + 2)
         (alpha_to, sigma_to), (alpha, sigma) = ladder[index + 1], behind[0]
-        h = lambda_(alpha_to, sigma_to) - lambda_(alpha, sigma)
+        h = lambda_(ladder[index + 1]) - lambda_(behind[0])
         if x0:
             shared = math.exp(-(tau**2) * h) * sigma_to / sigma * x
             deviation = sigma_to * math.sqrt(-math.expm1(-2 * tau**2 * h))
@@ -70,7 +71,7 @@ def _gradient(
     levels: alpha and sigma at the step's end, its start, and before. The corrector interpolates through the end too.
     Of order 2 with x_0, the slope is taken as in DPM-Solver++: at half the step.
     """
-    lambdas = [lambda_(*level) for level in levels]
+    lambdas = [lambda_(level) for level in levels]
     (alpha_to, sigma_to), end = levels[0], lambdas[0]
     h, c = end - lambdas[1], 1 + tau**2
     nodes = [value - end for value in (lambdas[:order] if corrects else lambdas[1 : order + 1])]

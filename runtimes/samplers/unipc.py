@@ -10,6 +10,7 @@ import numpy as np
 
 from runtimes import schedule
 from runtimes.errors import DexportError
+from runtimes.samplers.dpm import lambda_, phi, threshold
 from runtimes.samplers.prediction import predict
 from runtimes.samplers.sampler import (
     COMMON,
@@ -75,15 +76,16 @@ def _advance(
 
     x, m: sample and output where it starts; past: outputs before that one. In terms of h, the step of lambda.
     """
-    (alpha, sigma), (alpha_to, sigma_to) = (schedule.level(config, sigmas[index + i]) for i in (0, 1))
-    here = lambda_(alpha, sigma)
-    h = lambda_(alpha_to, sigma_to) - here
+    start, end = (schedule.level(config, sigmas[index + i]) for i in (0, 1))
+    (alpha, sigma), (alpha_to, sigma_to) = start, end
+    here = lambda_(start)
+    h = lambda_(end) - here
     hh = -h if config["predict_x0"] else h
     if config["predict_x0"]:
         base, scale = sigma_to / sigma * x - alpha_to * math.expm1(hh) * m, alpha_to
     else:
         base, scale = alpha_to / alpha * x - sigma_to * math.expm1(hh) * m, sigma_to
-    before = [lambda_(*schedule.level(config, sigmas[index - i])) for i in range(1, len(past) + 1)]
+    before = [lambda_(schedule.level(config, sigmas[index - i])) for i in range(1, len(past) + 1)]
     ratios = [(value - here) / h for value in before]
     slopes = [(form - m) / ratio for form, ratio in zip(past, ratios, strict=True)]
     if at_end is not None:
@@ -100,28 +102,9 @@ def _weights(hh: float, b_h: float, ratios: Sequence[float]) -> Sequence[float]:
     """The a_m of https://arxiv.org/abs/2302.04867, formula 5; for one ratio 1/2 is enough (section 3.4)."""
     if len(ratios) == 1:
         return [0.5]
-    wanted = [_phi(hh, k) * math.factorial(k) / b_h for k in range(1, len(ratios) + 1)]
+    wanted = [phi(k + 1, hh) * math.factorial(k) / b_h for k in range(1, len(ratios) + 1)]
     solved: Sequence[float] = np.linalg.solve(np.vander(ratios, increasing=True).T, wanted).tolist()
     return solved
-
-
-def _phi(h: float, k: int) -> float:
-    """h phi_(k+1)(h) = sum over n from 1 of h^n / (n + k)!; from e^h where the terms do not fall fast."""
-    if abs(h) < 1:
-        return sum(h**n / math.factorial(n + k) for n in range(1, 20))
-    return (math.expm1(h) if k == 1 else _phi(h, k - 1)) / h - 1 / math.factorial(k)
-
-
-def lambda_(alpha: float, sigma: float) -> float:
-    """Half the log of signal to noise; infinite without noise."""
-    return math.log(alpha) - math.log(sigma) if sigma else math.inf
-
-
-def threshold(config: Config) -> dict[str, Any]:
-    """The bounds of a row's H0, where it is x_0."""
-    if not config["thresholding"]:
-        return {}
-    return {"clip": config["sample_max_value"], "threshold": config["dynamic_thresholding_ratio"]}
 
 
 def levels(config: Config, ask: Ask) -> tuple[Floats, Floats]:
