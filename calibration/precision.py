@@ -23,6 +23,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import InlinePass, ShapeInferencePass
 
+from calibration.graph import release
 from runtimes.errors import DexportError
 
 NARROW = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
@@ -189,7 +190,7 @@ def _narrow_tensor(tensor: ir.TensorProtocol, dtype: ir.DataType, name: str, pre
         wide = tensor.numpy()
         value = np.where(wide == MASKED, np.float32(-limit), wide).astype(kind)
         del wide  # a view of the mapped file, which holds it open
-        _release(tensor)
+        release(tensor)
         return ir.Tensor(value, dtype=dtype, name=name)
 
     return ir.LazyTensor(load, dtype, ir.Shape(tensor.shape.numpy()), name=name)
@@ -198,7 +199,7 @@ def _narrow_tensor(tensor: ir.TensorProtocol, dtype: ir.DataType, name: str, pre
 def _check_range(tensor: ir.TensorProtocol, precision: str) -> None:
     limit = LIMITS[precision]
     wrong = next((piece[0] for piece in _beyond(tensor.numpy().reshape(-1), limit) if piece.size), None)
-    _release(tensor)
+    release(tensor)
     if wrong is not None:
         raise DexportError(
             f"weight {tensor.name!r} holds {wrong:g}, and {precision} ends at {limit:g}; use bf16 or fp32"
@@ -210,9 +211,3 @@ def _beyond(flat: NDArray[Any], limit: float) -> Iterator[NDArray[Any]]:
     for start in range(0, flat.size, CHUNK):
         piece = flat[start : start + CHUNK]
         yield piece[(np.abs(piece) > limit) & np.isfinite(piece) & (piece != MASKED)]
-
-
-def _release(tensor: ir.TensorProtocol) -> None:
-    """Unmap an external tensor's file, so that its pages do not count as memory any more."""
-    if isinstance(tensor, ir.ExternalTensor):
-        tensor.release()
