@@ -88,7 +88,7 @@ class Statistics:
     values: Mapping[str, Observed]
 
     def save(self, file: Path) -> None:
-        """Write to ``file``, as safetensors."""
+        """Write to ``file``, as safetensors, whole or not at all."""
         about = {
             "version": VERSION, "source": self.source, "settings": dict(self.settings),
             "calls": [asdict(call) for call in self.calls],
@@ -96,9 +96,12 @@ class Statistics:
         tensors = {ABOUT: np.frombuffer(json.dumps(about, sort_keys=True).encode(), np.uint8)}
         for name, value in self.values.items():
             tensors |= {f"{kind}/{name}": getattr(value, kind) for kind in KINDS}
+        partial = file.with_name(f".{file.name}.partial")
         try:
-            write(file, tensors)
+            write(partial, tensors)
+            partial.replace(file)
         except OSError as error:
+            partial.unlink(missing_ok=True)
             raise DexportError(f"{file}: the statistics cannot be written ({error.strerror})") from error
 
 

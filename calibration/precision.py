@@ -69,7 +69,7 @@ class _Caster:
         self.opset = model.opset_imports
         self.precision, self.narrow = precision, NARROW[precision]
         self.others: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
-        self.timestep = _from_timestep_alone(self.graph)
+        self.timestep = from_timestep_alone(self.graph)
 
     def run(self) -> None:
         for node in list(self.graph):
@@ -167,7 +167,7 @@ def _formal(parameters: Any, index: int) -> Any:
     return parameters[min(index, len(parameters) - 1)]
 
 
-def _from_timestep_alone(graph: ir.Graph) -> set[ir.Node]:
+def from_timestep_alone(graph: ir.Graph) -> set[ir.Node]:
     """The nodes whose value depends on the timestep and on constants, and on no other input."""
     alone: set[ir.Node] = set()
     constant = set(graph.initializers.values())

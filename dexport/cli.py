@@ -16,7 +16,12 @@ from runtimes.errors import DexportError
 
 F = TypeVar("F", bound=Callable[..., Any])
 FOLDER = click.Path(path_type=Path)  # whether it exists, and what it must be, is the library's own check
-PRECISIONS = ("fp32", "bf16", "fp16")  # for completion alone; what a target can do, and why not, is its compiler's
+PRECISIONS = (
+    "fp32",
+    "bf16",
+    "fp16",
+    "int8",
+)  # for completion alone; what a target can do, and why not, is its compiler's
 
 
 def default_cache() -> Path:
@@ -52,6 +57,42 @@ def compile_options(command: F) -> F:
         "--max-batch", type=click.IntRange(1, 4096), default=2, show_default=True,
         help="Largest batch of one call, for engines that must know; guidance takes two for each image.",
     )(command)  # fmt: skip
+
+
+def calibration_options(command: F) -> F:
+    """The options of everything that calibrates."""
+    command = click.option(
+        "--calibration-steps", type=click.IntRange(1), help="Steps of the sampler; the model's own by default."
+    )(command)
+    return click.option(
+        "--prompts", type=FOLDER, help="A UTF-8 file with one prompt a line, like those the model is for. Ours if none."
+    )(command)
+
+
+def quantization_options(command: F) -> F:
+    """The options of everything that quantizes."""
+    command = click.option(
+        "--observer", default="mse", show_default=True,
+        help="What chooses the range of an activation: mse, percentile, entropy or min-max.",
+    )(command)  # fmt: skip
+    command = click.option(
+        "--statistics", type=FOLDER, help="File of an earlier calibration: used if it is there, else written."
+    )(calibration_options(command))
+    return click.option(
+        "--budget", help="For int8: the least quality, as psnr=DB of the pictures' median. [default: psnr=30]"
+    )(command)
+
+
+def _quantization(
+    budget: str | None, statistics: Path | None, observer: str, prompts: Path | None, steps: int | None
+) -> dexport.Quantization | None:
+    """What was asked for, or None if nothing was."""
+    if (budget, statistics, observer, prompts, steps) == (None, None, "mse", None, None):
+        return None
+    given = {} if budget is None else {"budget": budget}
+    return dexport.Quantization(
+        **given, prompts=prompts, statistics=statistics, steps=steps, observer=observer.strip().lower()
+    )
 
 
 def _cache(cache: Path | None, no_cache: bool) -> Path | None:
@@ -91,11 +132,12 @@ def main() -> None:
 @click.option(
     "--precision", "precisions", multiple=True, default=("fp32",), show_default=True,
     shell_complete=lambda ctx, param, word: [name for name in PRECISIONS if name.startswith(word)],
-    help="Precision to compute in: fp32, bf16, fp16. May be given several times.",
+    help="Precision to compute in: fp32, bf16, fp16, int8. May be given several times.",
 )  # fmt: skip
 @click.option("-o", "--output", type=FOLDER, required=True, help="The bundle; with several, a folder of them.")
 @shape_options
 @click.option("--sampler", type=SamplerName(), help="The bundle's sampler, in place of the checkpoint's.")
+@quantization_options
 @compile_options
 @overwrite_option
 @click.option("--keep-hub", type=FOLDER, help="Keep the exported ONNX hub here.")
@@ -108,6 +150,11 @@ def build(
     shape: tuple[int, int] | None,
     dynamic_shape: bool,
     sampler: str | None,
+    budget: str | None,
+    statistics: Path | None,
+    observer: str,
+    prompts: Path | None,
+    calibration_steps: int | None,
     max_batch: int,
     cache: Path | None,
     no_cache: bool,
@@ -120,19 +167,24 @@ def build(
     It is exported to ONNX, compiled for each target and precision, and compared with the torch model.
 
     With one target and precision OUTPUT is the bundle; with several, the bundles are OUTPUT/TARGET-PRECISION.
-    A bundle that misses its accuracy band is not written, and the exit code is 1.
+    A bundle that misses its accuracy band or its budget is not written, and the exit code is 1.
+
+    int8 is calibrated on PROMPTS, the last quarter of them kept to judge by; blocks that cost too much quality for
+    the budget stay in floating point.
 
     \b
     Example:
       dexport build checkpoint --target onnxruntime --target openvino=bf16 -o bundles
+      dexport build checkpoint --target openvino --precision int8 --prompts prompts.txt --budget psnr=36 -o bundle
     """
     _shape(shape, dynamic_shape)
+    quantization = _quantization(budget, statistics, observer, prompts, calibration_steps)
     compile_cache = _cache(cache, no_cache)
     with console.working() as progress:
         built = dexport.build(
             checkpoint, output, targets=targets, precisions=precisions, shape=shape, dynamic_shape=dynamic_shape,
             sampler=sampler, max_batch=max_batch, cache=compile_cache, overwrite=overwrite, keep_hub=keep_hub,
-            progress=progress,
+            quantization=quantization, progress=progress,
         )  # fmt: skip
     if as_json:
         console.print_json({"bundles": built})
@@ -173,14 +225,43 @@ def export(
         tables.graphs(f"{output}: {model.pipeline}", model.graphs)
 
 
+@main.command()
+@click.argument("hub", type=FOLDER)
+@click.option("-o", "--output", type=FOLDER, required=True, help="The file of statistics, *.safetensors.")
+@calibration_options
+@click.option("--overwrite", is_flag=True, help="Replace the file.")
+@json_option
+def calibrate(
+    hub: Path, output: Path, prompts: Path | None, calibration_steps: int | None, overwrite: bool, as_json: bool
+) -> None:
+    """Observe a HUB's denoiser on real prompts.
+
+    The statistics serve `build` and `compile` with --statistics, for any target, budget and observer. The table says
+    which timesteps and prompts the ranges were reached at.
+
+    \b
+    Example:
+      dexport calibrate hub --prompts prompts.txt -o statistics.safetensors
+    """
+    with console.working() as progress:
+        found = dexport.calibrate(
+            hub, output, prompts=prompts, steps=calibration_steps, overwrite=overwrite, progress=progress
+        )
+    if as_json:
+        console.print_json({"output": output, "settings": found.settings, "coverage": tables.covered(found)})
+    else:
+        tables.coverage(str(output), found)
+
+
 @main.command("compile")
 @click.argument("hub", type=FOLDER)
 @click.option(
     "--target", type=TargetName(precise=True), required=True,
     help="Backend or backend:device; with =PRECISION, in that one.",
 )  # fmt: skip
-@click.option("--precision", default="fp32", show_default=True, help="Precision to compute in: fp32, bf16, fp16.")
+@click.option("--precision", default="fp32", show_default=True, help="Precision to compute in: fp32, bf16, fp16, int8.")
 @click.option("-o", "--output", type=FOLDER, required=True, help="The bundle.")
+@quantization_options
 @compile_options
 @overwrite_option
 @json_option
@@ -189,6 +270,11 @@ def compile_(
     target: str,
     precision: str,
     output: Path,
+    budget: str | None,
+    statistics: Path | None,
+    observer: str,
+    prompts: Path | None,
+    calibration_steps: int | None,
     max_batch: int,
     cache: Path | None,
     no_cache: bool,
@@ -197,17 +283,19 @@ def compile_(
 ) -> None:
     """Compile a HUB to a bundle.
 
-    Without the checkpoint there is nothing to compare with: the proof is what `build` adds.
+    Without the checkpoint there is nothing to compare with: the proof is what `build` adds. int8 is judged by the
+    hub's own pictures.
 
     \b
     Example:
       dexport compile hub --target tensorrt:sm89 --precision fp16 -o bundle
     """
     compile_cache = _cache(cache, no_cache)
+    quantization = _quantization(budget, statistics, observer, prompts, calibration_steps)
     with console.working() as progress:
         manifest = dexport.compile(
             hub, output, target=target, precision=precision, max_batch=max_batch, cache=compile_cache,
-            overwrite=overwrite, progress=progress,
+            overwrite=overwrite, quantization=quantization, progress=progress,
         )  # fmt: skip
     if as_json:
         made = {"target": manifest.target, "precision": manifest.precision, "graphs": manifest.model.graphs}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,6 +11,8 @@ import click
 from dexport.console import print_table, seconds, shape, size
 
 if TYPE_CHECKING:
+    from calibration.coverage import Coverage
+    from calibration.observe import Statistics
     from exporter.build import Built
     from runtimes.bundle import Check
     from runtimes.manifest import Graph
@@ -27,6 +30,20 @@ def bundles(built: Sequence[Built]) -> None:
     for item in built:
         if "why" in item.accuracy:
             click.echo(f"{item.folder}: gate not run: {item.accuracy['why']}; {item.accuracy['next']}")
+        if "quantization" in item.accuracy:
+            click.echo(f"{item.folder}: {quantization(item.accuracy['quantization'])}")
+
+
+def quantization(found: Mapping[str, Any]) -> str:
+    """What was quantized, what was kept and why, in a line."""
+    layers = f"{found['quantized']} layers in int8"
+    if "psnr_db" not in found:
+        return f"{layers}; budget {found['budget']}"
+    kept = f"{len(found['kept'])} blocks kept in floating point" if found["kept"] else "no block kept in floating point"
+    return (
+        f"{layers}, {kept}; pictures {median(found['psnr_db']):.1f} dB from fp32 "
+        f"(median of {len(found['psnr_db'])}, at least {found['budget_psnr_db']:g} asked for)"
+    )
 
 
 def agreement(accuracy: Mapping[str, Any]) -> tuple[str, str]:
@@ -130,3 +147,22 @@ def _plain(key: str, value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(str(item) for item in value) or "none"
     return "none" if value is None or value == {} else str(value)
+
+
+def covered(statistics: Statistics) -> Coverage:
+    """Where the ranges were reached."""
+    from calibration.coverage import coverage
+
+    return coverage(statistics)
+
+
+def coverage(title: str, statistics: Statistics) -> None:
+    """How many of the observed values have their greatest magnitude at each timestep, and with each prompt."""
+    found = covered(statistics)
+    print_table(
+        ("timestep", "ranges reached here"),
+        [(f"{t:g}", str(count)) for t, count in found.by_timestep.items()],
+        f"{title}: {found.values} values observed in {found.calls} calls",
+    )
+    print_table(("prompt", "ranges reached here"), [(name, str(count)) for name, count in found.by_prompt.items()])
+    click.echo(f"The last quarter of the prompts made {found.late:.0%} of the ranges wider by a tenth or more.")

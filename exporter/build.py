@@ -13,10 +13,11 @@ from typing import Any
 
 from exporter import checkpoint as checkpoints
 from exporter import compile as compilers
-from exporter import gate, hub, report
+from exporter import gate, hub, quantized, report
+from exporter.quantized import Quantization
 from runtimes import bundle, samplers
 from runtimes.errors import DexportError, Progress, silent
-from runtimes.manifest import Graph, Manifest, Model, to_json
+from runtimes.manifest import Manifest, Model, to_json
 from runtimes.session import Session, require
 from runtimes.target import Target
 
@@ -48,6 +49,7 @@ def build(
     cache: Path | None = None,
     overwrite: bool = False,
     keep_hub: Path | str | None = None,
+    quantization: Quantization | None = None,
     progress: Progress = silent,
 ) -> list[Built]:
     """Make bundles of a checkpoint, one for each target and precision, each proven against the torch model.
@@ -55,7 +57,8 @@ def build(
     ``targets``: "openvino", for each of ``precisions``; or "openvino=bf16", in that one alone. With one target and
     precision ``output`` is the bundle, else ``output/<target>-<precision>``. ``shape``: (height, width) in pixels.
     ``sampler``: the bundles' own, in place of the checkpoint's. ``max_batch``: the largest batch of an engine whose
-    shapes are fixed when it is built. ``keep_hub``: keep the ONNX hub there. Raises DexportError for bad input and
+    shapes are fixed when it is built. ``keep_hub``: keep the ONNX hub there. ``quantization``: for int8, how it is
+    calibrated and the quality that it must keep. Raises DexportError for bad input and
     GateError for a missed band; each bundle is published whole or not at all.
     """
     checkpoint, output = Path(checkpoint), Path(output)
@@ -66,6 +69,7 @@ def build(
     for (target, precision), folder in zip(pairs, folders, strict=True):
         compilers.check(target, precision)  # now, not after the export
         bundle.check_free(folder, overwrite, [checkpoint, *([keep_hub] if keep_hub else [])])
+    settings = _check_quantization(quantization, pairs)
     if keep_hub:
         bundle.check_free(keep_hub, overwrite, [checkpoint])
     source = checkpoints.read(checkpoint)
@@ -83,14 +87,17 @@ def build(
         )
         reference = gate.record(source, model, hub_folder, share(0.5, 1))
         recipe = {"shape": list(_shape(model)), "dynamic_shape": dynamic_shape, "max_batch": max_batch}
+        calibrated = quantized.prepare(model, hub_folder, settings, share(0.9, 1)) if settings else None
         built = []
         for index, ((target, precision), folder) in enumerate(zip(pairs, folders, strict=True), 1):
             with bundle.publish(folder, overwrite) as partial:
-                compiled = _compile(
-                    hub_folder, model, partial, target, precision, max_batch, cache, share(index, index + 0.5)
-                )
+                compiled, quality = _compile(
+                    hub_folder, model, partial, target, precision, max_batch, cache, calibrated,
+                    share(index, index + 0.5),
+                )  # fmt: skip
                 gate.write_golden(reference, partial / bundle.GOLDEN)
                 proof = _prove(reference, compiled, partial, target, precision, share(index + 0.5, index + 1))
+                proof = replace(proof, accuracy={**proof.accuracy, **quality})
                 text = report.render(compiled, str(target), precision, recipe, proof, reference)
                 (partial / "report.html").write_text(text, encoding="utf-8")
                 manifest = _write_manifest(partial, compiled, target, precision, recipe, proof.accuracy)
@@ -124,42 +131,74 @@ def compile_hub(
     max_batch: int = 2,
     cache: Path | None = None,
     overwrite: bool = False,
+    quantization: Quantization | None = None,
     progress: Progress = silent,
 ) -> Manifest:
     """Make a bundle from a hub folder alone, with nothing to prove it against; the manifest says so.
 
-    ``target``: "openvino", or "openvino=bf16" in place of ``precision``.
+    ``target``: "openvino", or "openvino=bf16" in place of ``precision``. ``quantization``: as in ``build``; int8 is
+    judged by the hub's own pictures in fp32.
     """
     hub_folder, output = Path(hub_folder), Path(output)
     pairs = _pairs([target], [precision])
     where, precision = pairs[0]
     compilers.check(where, precision)
     bundle.check_free(output, overwrite, [hub_folder])
+    settings = _check_quantization(quantization, pairs)
     model = hub.load(hub_folder)
+    share = _shares(progress, 2 if settings else 1)
+    calibrated = quantized.prepare(model, hub_folder, settings, share(0, 1)) if settings else None
     dynamic = any(isinstance(side, str) for side in _sample(model).shape[1:])
     recipe = {"shape": list(_shape(model)), "dynamic_shape": dynamic, "max_batch": max_batch}
     accuracy = {"gate": "not run", "why": "compiled from a hub, without its checkpoint", "next": "use dexport build"}
     with bundle.publish(output, overwrite) as partial:
-        compiled = _compile(hub_folder, model, partial, where, precision, max_batch, cache, progress)
-        return _write_manifest(partial, compiled, where, precision, recipe, accuracy)
+        last = share(1, 2) if calibrated else progress
+        compiled, quality = _compile(hub_folder, model, partial, where, precision, max_batch, cache, calibrated, last)
+        return _write_manifest(partial, compiled, where, precision, recipe, {**accuracy, **quality})
 
 
 def _compile(
     hub_folder: Path, model: Model, output: Path, target: Target, precision: str, max_batch: int,
-    cache: Path | None, progress: Progress,
-) -> Model:  # fmt: skip
-    """Compile each graph of a hub into ``output`` and copy the tokenizers; return the model as the bundle has it."""
-    graphs: dict[str, Graph] = {}
+    cache: Path | None, calibrated: quantized.Calibrated | None, progress: Progress,
+) -> tuple[Model, Mapping[str, Any]]:  # fmt: skip
+    """Compile each graph of a hub into ``output`` and copy the tokenizers.
+
+    Returns the model as the bundle has it, and what was measured while its denoiser was quantized, if it was.
+    """
+    is_quantized = precision in quantized.PRECISIONS
+    later = {stage.denoiser for stage in model.stages} if is_quantized else set()
+    graphs = dict(model.graphs)
     for index, (name, graph) in enumerate(model.graphs.items()):
-        progress(f"{target} {precision}: {name}", index / len(model.graphs))
+        if name in later:
+            continue
+        own = quantized.BESIDE[target.backend] if is_quantized else precision
+        progress(f"{target} {own}: {name}", index / len(model.graphs))
         (output / name).mkdir()
         graphs[name] = compilers.compile_graph(
-            hub_folder / graph.file, graph, output / name, target, precision, max_batch=max_batch, cache=cache
+            hub_folder / graph.file, graph, output / name, target, own, max_batch=max_batch, cache=cache
         )
     for tokenizer in model.tokenizers:
         (output / tokenizer.file).parent.mkdir(exist_ok=True)
         shutil.copyfile(hub_folder / tokenizer.file, output / tokenizer.file)
-    return replace(model, graphs=graphs)
+    compiled = replace(model, graphs=graphs)
+    if not is_quantized or calibrated is None:
+        return compiled, {}
+    made = quantized.make(calibrated, compiled, output, target, precision, max_batch, cache, progress)
+    return replace(model, graphs=graphs | {model.stages[0].denoiser: made.graph}), {"quantization": made.report}
+
+
+def _check_quantization(
+    quantization: Quantization | None, pairs: Sequence[tuple[Target, str]]
+) -> quantized.Settings | None:
+    """What quantization is to do, or None; refuse settings that nothing uses, before the long work."""
+    if any(precision in quantized.PRECISIONS for _, precision in pairs):
+        return (quantization or Quantization()).checked()
+    if quantization is not None:
+        raise DexportError(
+            f"a budget, prompts and statistics are for {', '.join(quantized.PRECISIONS)}, and none is asked for; "
+            f"add --precision {quantized.PRECISIONS[0]}"
+        )
+    return None
 
 
 def _prove(

@@ -82,6 +82,7 @@ BANDS = {
     "fp32": Band(graph=90.0, latents=80.0, image=60.0),
     "fp16": Band(graph=50.0, latents=40.0, image=40.0),
     "bf16": Band(graph=34.0, latents=30.0, image=30.0),
+    "int8": Band(graph=14.0, latents=10.0, image=18.0),
 }
 """The noise that each precision has anyway, and room for deeper models.
 

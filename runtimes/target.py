@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from runtimes.errors import DexportError
 
 DEVICES = {
-    "onnxruntime": ("cpu",),
+    "onnxruntime": ("cpu", "arm64"),  # arm64: a CPU too, whose 8-bit kernels want signed numbers
     "openvino": ("cpu", "gpu", "npu"),
     "tensorrt": ("local", "sm75", "sm80", "sm86", "sm89", "sm120", "sm121"),
 }

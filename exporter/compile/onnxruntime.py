@@ -31,6 +31,7 @@ from typing import Any
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from exporter.compile.onnxruntime_integer import convolve, make_unsigned, multiply
 from runtimes.errors import Progress
 from runtimes.manifest import Graph
 from runtimes.session import require
@@ -46,8 +47,8 @@ Rewrite = Callable[[ir.Model], tuple[ir.Model, bool]]
 
 
 def precisions(target: Target) -> tuple[str, ...]:
-    """What its CPU kernels are good at."""
-    return ("fp32",)
+    """What its CPU kernels are good at; int8 is for a graph that is quantized already."""
+    return ("fp32", "int8")
 
 
 def check(target: Target) -> None:
@@ -66,7 +67,7 @@ def build(
     """Write model.onnx and model.onnx.data. See exporter.compile.compile_graph."""
     progress(f"{graph.kind}: rewriting for ONNX Runtime", 0.0)
     model = ir.load(source)
-    for rewrite in REWRITES:
+    for rewrite in (*REWRITES, *INTEGER[target.device]) if precision == "int8" else REWRITES:
         model, _ = rewrite(model)
     progress(f"{graph.kind}: writing", 0.2)
     ir.save(model, output / "model.onnx", external_data="model.onnx.data")
@@ -95,6 +96,10 @@ def pack_attention(model: ir.Model) -> tuple[ir.Model, bool]:
 
 
 REWRITES: tuple[Rewrite, ...] = (pack_attention,)
+INTEGER: dict[str, tuple[Rewrite, ...]] = {
+    "cpu": (multiply, convolve, make_unsigned),
+    "arm64": (multiply, convolve),
+}
 
 
 @dataclass(frozen=True)

@@ -25,20 +25,25 @@ from runtimes.session import require
 from runtimes.target import Target
 
 WHY = "OpenVINO stores weights in fp32 or fp16 and computes in f32, f16 or bf16"
-WEIGHTS = {"fp32": "fp32", "fp16": "fp16", "bf16": "fp16"}  # bf16 weights would lose three bits that fp16 keeps
+WEIGHTS = {"fp32": "fp32", "fp16": "fp16", "bf16": "fp16", "int8": "fp16"}  # bf16 would lose three bits that fp16 keeps
 TIMESTEP = "timestep"
 EXACT = {"name": "DisablePrecisionConversion", "version": "0", "value": "dynamic:f16"}  # as OpenVINO itself writes it
 SIGNIFICANT = ("MatMul", "Convolution")  # what the lower precision is for; the timestep's sines end before
 HINTS = {
-    "cpu": {"fp32": "f32", "fp16": "f32", "bf16": "bf16"},  # no CPU of today computes in f16 faster than in f32
-    "gpu": {"fp32": "f32", "fp16": "f16", "bf16": "bf16"},
-    "npu": {"fp32": "f32", "fp16": "f16", "bf16": "bf16"},
+    "cpu": {
+        "fp32": "f32",
+        "fp16": "f32",
+        "bf16": "bf16",
+        "int8": "bf16",
+    },  # no CPU of today computes in f16 faster than in f32
+    "gpu": {"fp32": "f32", "fp16": "f16", "bf16": "bf16", "int8": "f16"},
+    "npu": {"fp32": "f32", "fp16": "f16", "bf16": "bf16", "int8": "f16"},
 }
 
 
 def precisions(target: Target) -> tuple[str, ...]:
     """All that the IR and the hint can say, on any device."""
-    return ("fp32", "fp16", "bf16")
+    return ("fp32", "fp16", "bf16", "int8")
 
 
 def check(target: Target) -> None:

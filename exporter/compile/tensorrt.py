@@ -27,8 +27,8 @@ WHY = "its GPU has no kernels for it"
 def precisions(target: Target) -> tuple[str, ...]:
     """What the target's GPU computes in; for this machine's GPU where none is here, what GPUs of today do."""
     if target.device != "local":
-        return gpu_precisions(target.device)
-    return ("fp32", "fp16", "bf16") if missing() else gpu_precisions(cuda.gpu().capability)
+        return (*gpu_precisions(target.device), "int8")
+    return (*(("fp32", "fp16", "bf16") if missing() else gpu_precisions(cuda.gpu().capability)), "int8")
 
 
 def check(target: Target) -> None:
@@ -97,8 +97,8 @@ def _strongly_typed(trt: Any) -> int:
 
 
 def _write_cast(source: Path, folder: Path, precision: str) -> Path:
-    """The graph in ``precision``: ``source`` itself for fp32, else a new file in ``folder``."""
-    model, modified = cast(ir.load(source), precision)
+    """The graph in ``precision``: ``source`` itself for fp32 and for int8, whose QDQ it has, else a new file."""
+    model, modified = cast(ir.load(source), "fp32" if precision == "int8" else precision)
     if not modified:
         return source
     for node in model.graph:

@@ -16,6 +16,7 @@ import numpy as np
 from runtimes.errors import DexportError
 from runtimes.manifest import Graph
 from runtimes.session import Array, Device, check_inputs
+from runtimes.target import DEVICES
 
 EXTRA = "onnxruntime"
 ERRORS_ONLY = 3  # ONNX Runtime's log severities: 0 verbose, 1 info, 2 warning, 3 error, 4 fatal
@@ -34,7 +35,8 @@ def devices() -> list[Device]:
     """The CPU. It has no bf16 arithmetic, and fp16 is slower than fp32 there, so fp32 is what it offers."""
     if version() is None:
         return []
-    return [Device("cpu", platform.processor() or platform.machine(), ("fp32",))]
+    name = "arm64" if platform.machine().lower() in ("arm64", "aarch64") else "cpu"
+    return [Device(name, platform.processor() or platform.machine(), ("fp32", "int8"))]
 
 
 def missing() -> str | None:
@@ -44,7 +46,7 @@ def missing() -> str | None:
 
 def open(file: Path, graph: Graph, device: str, threads: int | None, cache: Path | None) -> OnnxRuntimeSession:
     """Open a model.onnx. ``cache`` is not used: ONNX Runtime compiles nothing that is worth keeping."""
-    if device != "cpu":
+    if device not in DEVICES["onnxruntime"]:
         raise DexportError(f"{file}: ONNX Runtime has no device {device!r} here; it has cpu")
     return OnnxRuntimeSession(file, graph, threads)
 
@@ -54,19 +56,26 @@ class OnnxRuntimeSession:
 
     max_batch: int | None = None
 
-    def __init__(self, file: Path, graph: Graph, threads: int | None) -> None:
+    def __init__(self, file: Path, graph: Graph, threads: int | None, *, content: bytes | None = None) -> None:
+        """``content``: a model in place of ``file``'s own, whose weights lie beside ``file``."""
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = ERRORS_ONLY
         options.intra_op_num_threads = threads or _default_threads()
+        # Without VNNI the 8-bit kernels add pairs of products in 16 bits, which overflow; this takes others there.
+        options.add_session_config_entry("session.x64quantprecision", "1")
         # A pattern is planned in the first call, and from the second on its memory stands beside what that one took: a
         # large decoder then needs nearly twice as much, for no time gained.
         options.enable_mem_pattern = False
         self._graph = graph
         self._outputs = [tensor.name for tensor in graph.outputs]
         try:
-            self._session: Any = onnxruntime.InferenceSession(str(file), options, ["CPUExecutionProvider"])
+            if content is not None:
+                options.add_session_config_entry(
+                    "session.model_external_initializers_file_folder_path", str(file.parent)
+                )
+            self._session: Any = onnxruntime.InferenceSession(content or str(file), options, ["CPUExecutionProvider"])
         except Exception as error:  # the runtime's exceptions have no common base class but this
             raise DexportError(f"{file}: ONNX Runtime cannot open it: {_first_line(error)}") from error
 

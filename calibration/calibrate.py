@@ -1,0 +1,90 @@
+"""Calibration: run the hub's own pipeline on real prompts and observe what goes through its denoiser.
+
+The run is the deployed one, with its sampler, all its timesteps and its guidance, seeded; with and without the prompt
+are two calls, so that each call's range belongs to one prompt and one timestep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+
+from calibration import observe
+from calibration.layers import find
+from calibration.observe import Observer, Statistics
+from calibration.prompts import DEFAULT, check
+from calibration.split import split
+from runtimes.backends.onnxruntime import OnnxRuntimeSession
+from runtimes.errors import DexportError, Progress, silent
+from runtimes.manifest import Model
+from runtimes.pipeline import Pipeline, Request
+from runtimes.session import Session, require
+
+
+def calibrate(
+    model: Model,
+    hub: Path,
+    prompts: Sequence[str] = DEFAULT,
+    *,
+    steps: int | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Statistics:
+    """Observe the denoiser of a hub on ``prompts``; prompt i starts from the noise of ``seed`` + i.
+
+    ``steps``: of the sampler, the model's own by default; fewer are faster and still go over all noise levels.
+    """
+    require("onnxruntime")
+    name = model.stages[0].denoiser
+    graph = model.graphs[name]
+    check(list(prompts), "the prompts")
+    observed, values = instrument(hub / graph.file)
+    watched = observe.watched_graph(graph, list(values))
+    opened: dict[str, Session] = {}
+
+    def open_graph(wanted: str) -> Session:
+        if wanted not in opened:
+            opened[wanted] = OnnxRuntimeSession(hub / model.graphs[wanted].file, model.graphs[wanted], None)
+        return opened[wanted]
+
+    progress("calibration: opening the denoiser", 0.0)
+    inner = OnnxRuntimeSession(hub / graph.file, watched, None, content=ir.to_proto(observed).SerializeToString())
+    del observed
+    observer = Observer(inner, graph, list(values))
+    opened[name] = observer
+    pipeline = Pipeline(model, hub, open_graph)
+    for index, prompt in enumerate(prompts):
+        observer.prompt = prompt
+        request = Request([prompt], steps=steps, seed=seed + index, guidance_batch="sequential")
+        for step in pipeline.generate(request):
+            done = (index + (step.index + 1) / step.total) / len(prompts)
+            progress(f"calibration: prompt {index + 1}/{len(prompts)}, step {step.index + 1}/{step.total}", done)
+    stage = model.stages[0]
+    settings = {
+        "steps": steps or stage.steps, "seed": seed, "guidance": stage.guidance.scale,
+        "sampler": stage.scheduler["_class_name"], "prompts": list(prompts),
+    }  # fmt: skip
+    return observer.statistics(source(model, hub), settings)
+
+
+def instrument(file: Path) -> tuple[ir.Model, dict[str, int]]:
+    """The graph as it will be quantized, with reductions; and what is observed: value name to axis of channels."""
+    model, _ = split(ir.load(file))
+    layers, left = find(model)
+    if not layers:
+        why = next(iter(left.items()), None)
+        raise DexportError(f"{file}: no layer of it can be quantized" + (f" ({why[0]}: {why[1]})" if why else ""))
+    values = {str(layer.input.name): layer.channel for layer in layers}
+    for layer in layers:
+        if layer.kind == "conv":  # whose kernels in some runtimes give 8-bit numbers
+            values.setdefault(str(layer.output.name), layer.channel)
+    model, _ = observe.watch(model, values)
+    return model, values
+
+
+def source(model: Model, hub: Path) -> str:
+    """The hash that statistics of this hub's denoiser carry."""
+    file = hub / model.graphs[model.stages[0].denoiser].file
+    return observe.hash_graph(file, [path for path in [file.with_name(f"{file.name}.data")] if path.exists()])

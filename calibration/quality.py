@@ -1,0 +1,143 @@
+"""How good a quantized model's pictures are: against the float model's, at the same seeds.
+
+The float model is the hub in fp32 on ONNX Runtime, which the gate has shown to be the torch model's equal to 100 dB.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache as memoize
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calibration.prompts import JUDGED
+from runtimes.accuracy import compare, psnr
+from runtimes.backends.onnxruntime import OnnxRuntimeSession
+from runtimes.errors import DexportError, Progress, silent
+from runtimes.manifest import Model
+from runtimes.pipeline import Pipeline, Request
+from runtimes.session import Session, run_batched
+
+Array = NDArray[Any]
+STEPS = 10  # model calls a picture, at most: enough for errors to add up
+SEED = 1_000  # far from the seeds of a calibration
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What quality a quantized model must reach: the median PSNR of its pictures in dB."""
+
+    psnr: float
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Read ``psnr=36``."""
+        name, _, value = text.partition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            number = float("nan")
+        if name.strip().lower() != "psnr" or not 0 < number < 200:
+            raise DexportError(f"{text!r} is no budget; give the pictures' least median PSNR in dB, like psnr=36")
+        return cls(number)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the float model gave: pictures by prompt, and each denoiser call of the first one."""
+
+    prompts: tuple[str, ...]
+    steps: int
+    pictures: tuple[Array, ...]
+    calls: tuple[tuple[dict[str, Array], Array], ...]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """PSNR of each picture in dB; SQNR in dB of the denoiser's output at each call, on the float model's inputs; and
+    the median of its seconds a call.
+    """
+
+    psnr: tuple[float, ...]
+    sqnr: tuple[float, ...]
+    seconds: float
+
+    @property
+    def median(self) -> float:
+        """The pictures' median PSNR in dB."""
+        return float(np.median(self.psnr))
+
+
+class Recorder:
+    """A session that keeps the inputs and the output of its calls while ``on``."""
+
+    def __init__(self, inner: Session) -> None:
+        self.max_batch = inner.max_batch
+        self.on = True
+        self.calls: list[tuple[dict[str, Array], Array]] = []
+        self._inner = inner
+
+    def run(self, inputs: Any) -> dict[str, Array]:
+        """Run, and keep the call."""
+        outputs = run_batched(self._inner, inputs)
+        if self.on:
+            self.calls.append((dict(inputs), outputs["output"]))
+        return outputs
+
+
+def draw_float(
+    model: Model, hub: Path, prompts: Sequence[str] = JUDGED, progress: Progress = silent, steps: int | None = None
+) -> Judged:
+    """Draw ``prompts`` with the hub in fp32; ``steps``: the model's own, but at most ``STEPS``, by default."""
+    name = model.stages[0].denoiser
+    recorder: list[Recorder] = []
+
+    def load(wanted: str) -> Session:
+        session = OnnxRuntimeSession(hub / model.graphs[wanted].file, model.graphs[wanted], None)
+        if wanted != name:
+            return session
+        recorder.append(Recorder(session))
+        return recorder[0]
+
+    steps = steps or min(STEPS, model.stages[0].steps)
+    pictures = _draw(model, hub, load, prompts, steps, progress, recorder)
+    return Judged(tuple(prompts), steps, tuple(pictures), tuple(recorder[0].calls))
+
+
+def judge(
+    judged: Judged, model: Model, folder: Path, load: Callable[[str], Session], progress: Progress = silent
+) -> Quality:
+    """Compare the graphs that ``load`` gives by name with the float model."""
+    load = memoize(load)
+    pictures = _draw(model, folder, load, judged.prompts, judged.steps, progress, [])
+    denoiser = load(model.stages[0].denoiser)
+    sqnr, seconds = [], []
+    for inputs, output in judged.calls:
+        begin = time.perf_counter()
+        actual = run_batched(denoiser, inputs)["output"]
+        seconds.append(time.perf_counter() - begin)
+        sqnr.append(compare(output, actual).sqnr_db)
+    found = tuple(psnr(a, b) for a, b in zip(judged.pictures, pictures, strict=True))
+    return Quality(found, tuple(sqnr), float(np.median(seconds)))
+
+
+def _draw(
+    model: Model, folder: Path, load: Callable[[str], Session], prompts: Sequence[str], steps: int,
+    progress: Progress, recorder: list[Recorder],
+) -> list[Array]:  # fmt: skip
+    """The pictures of ``prompts``, one after the other; only the first one's calls are recorded."""
+    pipeline, pictures = Pipeline(model, folder, memoize(load)), []
+    for index, prompt in enumerate(prompts):
+        request = Request([prompt], steps=steps, seed=SEED + index, guidance_batch="sequential")
+        for step in pipeline.generate(request):
+            done = (index + (step.index + 1) / step.total) / len(prompts)
+            progress(f"picture {index + 1}/{len(prompts)}, step {step.index + 1}/{step.total}", done)
+        pictures.append(pipeline.decode(step.sample))
+        if recorder:
+            recorder[0].on = False
+    return pictures

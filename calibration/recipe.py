@@ -1,0 +1,129 @@
+"""From a hub graph and its statistics to the quantized hub: which layers, and everything that is done to them.
+
+Some layers stay in floating point: they are few and small, and what they lose every other layer loses too.
+
+    the first     no other layer comes before them: conv_in, the keys and values of the prompt
+    the last      no other layer comes after them: conv_out
+    the clock     what is computed from the timestep alone
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from calibration import bias, quantize, ranges, smooth
+from calibration.layers import Layer, find
+from calibration.observe import Statistics
+from calibration.precision import from_timestep_alone
+from calibration.split import split
+from runtimes.errors import DexportError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to quantize. observer: one of calibration.ranges. keep: blocks that stay in floating point, by name."""
+
+    observer: str = "mse"
+    smooth: bool = True
+    correct_bias: bool = True
+    keep: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of each layer: quantized, smoothed (a value's name), or left, with the reason."""
+
+    quantized: tuple[str, ...]
+    smoothed: tuple[str, ...]
+    left: Mapping[str, str]
+
+
+def apply(model: ir.Model, statistics: Statistics, recipe: Recipe) -> tuple[ir.Model, Done]:
+    """Quantize a hub graph; what ``statistics`` were observed of is this graph."""
+    model, _ = split(model)
+    layers, left = candidates(model)
+    chosen: list[Layer] = []
+    scales: dict[str, float] = {}
+    for layer in layers:
+        why = None if block(layer.name) not in recipe.keep else "kept in floating point by the plan"
+        why = why or _measure(layer, statistics, recipe.observer, scales)
+        if why:
+            left[layer.name] = why
+        else:
+            chosen.append(layer)
+    smoothed: dict[str, float] = {}
+    if recipe.smooth:
+        model, smoothed = smooth.smooth(model, chosen, statistics.values, scales)
+    if recipe.correct_bias:  # the means that were observed are those of inputs as they were
+        as_they_were = [layer for layer in chosen if str(layer.input.name) not in smoothed]
+        model, _ = bias.correct(model, as_they_were, statistics.values)
+    model, _ = quantize.write(model, chosen, scales | smoothed)
+    return model, Done(tuple(layer.name for layer in chosen), tuple(smoothed), left)
+
+
+def candidates(model: ir.Model) -> tuple[list[Layer], dict[str, str]]:
+    """The layers that may be quantized, and what is left with the reason."""
+    layers, left = find(model)
+    clock = from_timestep_alone(model.graph)
+    before, after = _nearest(model, layers)
+    free = []
+    for layer in layers:
+        if layer.node in clock:
+            left[layer.name] = "computed from the timestep alone"
+        elif layer.node not in before:
+            left[layer.name] = "no layer before it"
+        elif layer.node not in after:
+            left[layer.name] = "no layer after it"
+        else:
+            free.append(layer)
+    return free, left
+
+
+def block(name: str) -> str:
+    """The block that a layer belongs to: its module's path up to the second member of a list of modules.
+
+    unet.down_blocks.0.resnets.1.conv1 → unet.down_blocks.0.resnets.1; transformer.blocks.3.ff.net.2 →
+    transformer.blocks.3, since ``net`` is no list of blocks: their names are plurals.
+    """
+    parts, found = name.split("."), 0
+    for index in range(1, len(parts)):
+        if parts[index].isdigit() and parts[index - 1].endswith("s"):
+            found = index
+            if sum(part.isdigit() for part in parts[: index + 1]) == 2:
+                break
+    return ".".join(parts[: found + 1]) if found else name
+
+
+def _measure(layer: Layer, statistics: Statistics, observer: str, scales: dict[str, float]) -> str | None:
+    """Add the scales that a layer needs; return why it has none."""
+    for value in (layer.input, layer.output) if layer.kind == "conv" else (layer.input,):
+        name = str(value.name)
+        if name in scales:
+            continue
+        if name not in statistics.values:
+            raise DexportError(f"the statistics lack {name!r}, which {layer.name} needs; calibrate again")
+        observed = statistics.values[name]
+        if observed.peak == 0:
+            return "its input was only zeros" if value is layer.input else "its output was only zeros"
+        scales[name] = ranges.scale(observed, observer)
+    return None
+
+
+def _nearest(model: ir.Model, layers: Sequence[Layer]) -> tuple[set[ir.Node], set[ir.Node]]:
+    """The nodes that come after some layer, and those that come before some layer."""
+    nodes = list(model.graph)
+    own = {layer.node for layer in layers}
+    after: set[ir.Node] = set()
+    for node in nodes:
+        makers = [value.producer() for value in node.inputs if value is not None]
+        if any(maker in own or maker in after for maker in makers if maker is not None):
+            after.add(node)
+    before: set[ir.Node] = set()
+    for node in reversed(nodes):
+        users = [use.node for value in node.outputs for use in value.uses()]
+        if any(user in own or user in before for user in users):
+            before.add(node)
+    return after, before
