@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from onnx_ir.tape import Tape
 
 Array = NDArray[Any]
 
@@ -67,6 +68,22 @@ def drop_unused(value: ir.Value | None) -> None:
     graph = value.graph if value is not None else None
     if value is not None and graph is not None and value.is_initializer() and not value.uses():
         del graph.initializers[str(value.name)]
+
+
+def make_wait(tape: Tape, value: ir.Value, uses: Iterable[Any], reduced: Iterable[ir.Value]) -> None:
+    """Make ``uses`` of a value wait for what was ``reduced`` of it, so that it need not live longer.
+
+    ONNX Runtime orders nodes itself. It leaves reductions that nothing waits for to the end, and holds all that they
+    read until then. So the other readers get the value through a Reshape, which copies nothing, to its own shape plus
+    n − n, where n is a number that all the reductions are needed for.
+    """
+    least = [tape.op("ReduceMin", [one], {"keepdims": 0}) for one in reduced]
+    number = tape.op("Sum", [tape.op("Cast", [one], {"to": ir.DataType.FLOAT.value}) for one in least])
+    whole = tape.op("Cast", [number], {"to": ir.DataType.INT64.value})
+    same = tape.op("Reshape", [value, tape.op("Add", [tape.op("Shape", [value]), tape.op("Sub", [whole, whole])])])
+    same.shape, same.type = value.shape, value.type
+    for use in uses:
+        use.node.replace_input_with(use.idx, same)
 
 
 def readers(value: ir.Value | None) -> list[ir.Node]:

@@ -20,7 +20,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.tape import Tape
 
-from calibration.graph import add_constant
+from calibration.graph import add_constant, make_wait
 from runtimes.bundle import hash_file
 from runtimes.errors import DexportError
 from runtimes.manifest import Graph, Tensor
@@ -159,7 +159,7 @@ def watch(model: ir.Model, values: Mapping[str, int]) -> tuple[ir.Model, bool]:
         if producer is None:
             model.graph.insert_before(first, tape.nodes)
         else:
-            model.graph.insert_after(producer, tape.nodes)  # there, so that the value need not live longer
+            model.graph.insert_after(producer, tape.nodes)
         for kind, output in zip(KINDS, outputs, strict=True):
             output.name = f"{kind}/{name}"
             model.graph.outputs.append(output)
@@ -183,6 +183,7 @@ class _Constants:
 def _reduce(tape: Tape, value: ir.Value, axis: int, constant: _Constants) -> tuple[ir.Value, ...]:
     """Bounds [2], peaks, means and powers [channels] and histogram [BINS] of a value."""
     assert value.shape is not None
+    uses = list(value.uses())
     others = constant([index for index in range(len(value.shape)) if index != axis % len(value.shape)], np.int64)
     flat = tape.op("Reshape", [value, constant([-1], np.int64)])
     size = tape.op("Abs", [value])
@@ -203,6 +204,7 @@ def _reduce(tape: Tape, value: ir.Value, axis: int, constant: _Constants) -> tup
     ones = tape.op("Expand", [constant(1, np.int32), tape.op("Shape", [place])])
     empty = constant([0] * BINS, np.int32)
     histogram = tape.op("ScatterElements", [empty, place, ones], {"axis": 0, "reduction": "add"})
+    make_wait(tape, value, uses, (bounds, peaks, means, powers, histogram))
     return bounds, peaks, means, powers, histogram
 
 

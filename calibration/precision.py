@@ -7,13 +7,14 @@ one's back. So a precision is a property of the graph, and this pass is where it
 - Norms, softmax, reductions, sines and exponentials stay float32 (``HIGH``): they sum many squares or span many
   magnitudes. ``Attention`` takes narrow inputs and is told to do its softmax in float32.
 - What is computed from the timestep alone stays float32: it is small, and every layer depends on it.
+- What the caller names stays float32: the islands where values go beyond fp16 (calibration/overflow.py finds them).
 - Everything else is narrow, where the operator's ONNX schema allows it. An input whose type the schema fixes
   (``Resize``'s scales) is left alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import ml_dtypes
@@ -42,12 +43,13 @@ TYPED = frozenset({"Cast", "Constant", "ConstantOfShape", "RandomNormal", "Rando
 """Operators whose output type an attribute sets, or none of their inputs."""
 
 
-def cast(model: ir.Model, precision: str) -> tuple[ir.Model, bool]:
+def cast(model: ir.Model, precision: str, keep: Collection[str] = frozenset()) -> tuple[ir.Model, bool]:
     """Make ``model`` compute in ``precision`` ("fp32", "fp16" or "bf16"); return it and whether it was modified.
 
-    The model is changed in place. Narrow weights are lazy: each is read and rounded (to nearest, ties to even) when
-    the model is saved, so that memory does not grow with it. Raises DexportError, naming the tensor, for a weight
-    that ``precision`` cannot hold, and for a graph with branches or loops.
+    ``keep``: names of nodes that compute in float32 all the same, with casts around them. The model is changed in
+    place. Narrow weights are lazy: each is read and rounded (to nearest, ties to even) when the model is saved, so
+    that memory does not grow with it. Raises DexportError, naming the tensor, for a weight that ``precision`` cannot
+    hold, for a graph with branches or loops, and for a name in ``keep`` that no node has.
     """
     if precision == "fp32":
         return model, False
@@ -57,19 +59,22 @@ def cast(model: ir.Model, precision: str) -> tuple[ir.Model, bool]:
         InlinePass()(model)
     if any(output.dtype is None for node in model.graph for output in node.outputs):
         ShapeInferencePass()(model)
-    _Caster(model, precision).run()
+    if unknown := sorted(set(keep) - {str(node.name) for node in model.graph}):
+        raise DexportError(f"there is no node {unknown[0]!r} to keep in float32; find the islands of this very graph")
+    _Caster(model, precision, keep).run()
     return model, True
 
 
 class _Caster:
     """One walk over a graph in its order; ``narrowed`` and ``widened`` hold each value's other form, made once."""
 
-    def __init__(self, model: ir.Model, precision: str) -> None:
+    def __init__(self, model: ir.Model, precision: str, keep: Collection[str]) -> None:
         self.graph = model.graph
         self.opset = model.opset_imports
         self.precision, self.narrow = precision, NARROW[precision]
         self.others: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
-        self.timestep = from_timestep_alone(self.graph)
+        self.high = from_timestep_alone(self.graph)
+        self.high |= {node for node in self.graph if node.op_type in HIGH or node.name in keep}
 
     def run(self) -> None:
         for node in list(self.graph):
@@ -94,7 +99,7 @@ class _Caster:
     def _retype(self, node: ir.Node) -> None:
         """Give a node's float inputs the one type that it is to compute in, and say so of its outputs."""
         variables = self._variables(node)
-        high = node.op_type in HIGH or node in self.timestep or not variables
+        high = node in self.high or not variables
         wanted = ir.DataType.FLOAT if high else self.narrow
         for index, value in enumerate(node.inputs):
             if value is None or value.dtype not in (ir.DataType.FLOAT, self.narrow):
@@ -198,12 +203,20 @@ def _narrow_tensor(tensor: ir.TensorProtocol, dtype: ir.DataType, name: str, pre
 
 def _check_range(tensor: ir.TensorProtocol, precision: str) -> None:
     limit = LIMITS[precision]
-    wrong = next((piece[0] for piece in _beyond(tensor.numpy().reshape(-1), limit) if piece.size), None)
-    release(tensor)
+    wrong = beyond(tensor, limit)
     if wrong is not None:
         raise DexportError(
             f"weight {tensor.name!r} holds {wrong:g}, and {precision} ends at {limit:g}; use bf16 or fp32"
         )
+
+
+def beyond(tensor: ir.TensorProtocol, limit: float) -> float | None:
+    """The largest finite element of a tensor if it is beyond ``limit``, or None; what is masked does not count."""
+    pieces = (piece for piece in _beyond(tensor.numpy().reshape(-1), limit) if piece.size)
+    wrong = max((float(piece[np.abs(piece).argmax()]) for piece in pieces), key=abs, default=None)
+    del pieces  # a view of the mapped file, which holds it open
+    release(tensor)
+    return wrong
 
 
 def _beyond(flat: NDArray[Any], limit: float) -> Iterator[NDArray[Any]]:

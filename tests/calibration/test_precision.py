@@ -67,6 +67,38 @@ def test_fp32_changes_nothing() -> None:
         cast(model, "int8")
 
 
+@pytest.mark.parametrize("precision", list(BANDS))
+def test_what_is_kept_computes_in_float32(precision: str, tmp_path: Path) -> None:
+    sample = SAMPLES["decoder"]()
+    model = ir.load(sample.source)
+    first = {
+        kind: next(str(node.name) for node in model.graph if node.op_type == kind) for kind in ("Conv", "Attention")
+    }
+    cast(model, precision, frozenset(first.values()))
+    file = tmp_path / "model.onnx"
+    ir.save(model, file, external_data="model.onnx.data")
+    onnx.checker.check_model(file, full_check=True)
+    model = ir.load(file)
+    for kind, name in first.items():
+        for node in (node for node in model.graph if node.op_type == kind):
+            floats = {value.dtype for value in node.inputs if value is not None}
+            assert (floats == {ir.DataType.FLOAT}) == (node.name == name)
+            assert ("softmax_precision" in node.attributes) == (kind == "Attention" and node.name != name)
+    inputs = sample.inputs(1, 3)
+    (found,) = ReferenceEvaluator(str(file)).run(None, inputs)
+    assert 1e-5 < relative(found, sample.expected(inputs)) < BANDS[precision]
+
+
+def test_kept_weights_may_be_out_of_range_and_kept_nodes_must_exist() -> None:
+    model = linear(np.array([[1, 2], [3, 70_000]]))
+    next(iter(model.graph)).name = "large"
+    with pytest.raises(DexportError, match="no node 'small' to keep in float32"):
+        cast(model, "fp16", {"small"})
+    cast(model, "fp16", {"large"})
+    assert [value.dtype for value in model.graph.initializers.values()] == [ir.DataType.FLOAT]
+    assert [node.op_type for node in model.graph] == ["MatMul"]  # no cast around what is float32 on both sides
+
+
 def linear(weight: np.ndarray, normalize: bool = False) -> ir.Model:
     """x [batch,2] times a weight, then perhaps a softmax."""
     nodes = [helper.make_node("MatMul", ["x", "weight"], ["z" if normalize else "y"])]
