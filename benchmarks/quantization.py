@@ -26,9 +26,8 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-sys.path.insert(1, str(ROOT / "examples" / "emoji"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples" / "emoji"))
 
 import onnx_ir as ir  # the paths above come first
 
@@ -45,6 +44,7 @@ from runtimes.pipeline import Pipeline, Request
 from runtimes.session import Session
 from runtimes.target import Target
 
+ROOT = Path(__file__).resolve().parents[1]
 EMOJI = ROOT / "examples" / "emoji" / "model"
 STEPS, GUIDANCE = 20, 4.0
 CALIBRATED = 32  # prompts, none of which is judged

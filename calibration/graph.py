@@ -63,6 +63,15 @@ def replace_input(node: ir.Node, index: int, value: ir.Value) -> None:
     drop_unused(old)
 
 
+def replace_value(old: ir.Value, new: ir.Value) -> None:
+    """Let everything read ``new`` in place of ``old``; a graph's output keeps its name."""
+    if old.is_graph_output():
+        name = old.name
+        old.name = f"{name}_before"
+        new.name = name
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+
+
 def drop_unused(value: ir.Value | None) -> None:
     """Remove an initializer that nothing reads any more."""
     graph = value.graph if value is not None else None

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from calibration.graph import Array, add_node, add_weight, drop_unused
+from calibration.graph import Array, add_node, add_weight, drop_unused, replace_value
 from calibration.layers import Layer, find
 
 
@@ -63,7 +63,7 @@ def _split(graph: ir.Graph, layer: Layer, sizes: Sequence[int]) -> None:
         else:
             total = add_node(node, "Add", [total, product], f"{name}_sum", product.dtype, shape=product.shape)
     assert total is not None
-    ir.convenience.replace_all_uses_with(layer.output, total, replace_graph_outputs=True)
+    replace_value(layer.output, total)
     old = layer.weight
     graph.remove(node, safe=True)
     drop_unused(old)

@@ -25,7 +25,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from calibration.graph import add_constant, drop_unused
+from calibration.graph import add_constant, drop_unused, replace_value
 from calibration.quantize import output_scale
 
 Array = NDArray[Any]
@@ -50,7 +50,7 @@ def multiply(model: ir.Model) -> tuple[ir.Model, bool]:
             outputs=[ir.Value(name=f"{last.name}_integer", shape=last.shape, type=last.type)],
         )  # fmt: skip
         model.graph.insert_before(add or node, fused)
-        ir.convenience.replace_all_uses_with(last, fused.outputs[0], replace_graph_outputs=True)
+        replace_value(last, fused.outputs[0])
         model.opset_imports[MICROSOFT] = 1
         modified = True
     if modified:
@@ -84,7 +84,7 @@ def convolve(model: ir.Model) -> tuple[ir.Model, bool]:
         fused = ir.Node("", "QLinearConv", inputs, node.attributes.values(), outputs=[made], name=node.name)
         back = ir.Node("", "DequantizeLinear", [made, scale, zero], outputs=[floats], name=f"{node.name}_dequantize")
         model.graph.insert_before(node, [fused, back])
-        ir.convenience.replace_all_uses_with(result, floats, replace_graph_outputs=True)
+        replace_value(result, floats)
         modified = True
     if modified:
         RemoveUnusedNodesPass()(model)
