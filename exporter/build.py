@@ -174,9 +174,10 @@ def _compile(
         own = quantized.BESIDE[target.backend] if is_quantized else precision
         progress(f"{target} {own}: {name}", index / len(model.graphs))
         (output / name).mkdir()
-        graphs[name] = compilers.compile_graph(
+        beside = compilers.compile_graph(
             hub_folder / graph.file, graph, output / name, target, own, max_batch=max_batch, cache=cache
         )
+        graphs[name] = replace(beside, properties={**beside.properties, "precision": own}) if is_quantized else beside
     for tokenizer in model.tokenizers:
         (output / tokenizer.file).parent.mkdir(exist_ok=True)
         shutil.copyfile(hub_folder / tokenizer.file, output / tokenizer.file)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from runtimes import strict_json
-from runtimes.accuracy import BANDS, Agreement, compare
+from runtimes.accuracy import Agreement, band, compare
 from runtimes.check import check_manifest
 from runtimes.errors import DexportError, IntegrityError, Progress, silent
 from runtimes.manifest import File, Manifest, Model, Tensor, from_json
@@ -240,7 +240,7 @@ def verify(
         for tensor in graph.outputs:
             expected = _golden(entries, f"{name}/outputs", tensor)
             agreement = compare(expected, outputs[tensor.name])
-            checks.append(Check(name, tensor.name, agreement, BANDS[manifest.precision].graph))
+            checks.append(Check(name, tensor.name, agreement, band(graph, manifest.precision).graph))
         del session  # or it would stand in memory beside the next one, while that is opened
     progress("done", 1.0)
     return checks

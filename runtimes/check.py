@@ -56,6 +56,9 @@ def check_manifest(manifest: Manifest, where: str) -> None:
         raise _wrong(where, "precision", manifest.precision, ", ".join(BANDS))
     if manifest.accuracy.get("gate") not in GATES:
         raise _wrong(where, "accuracy: gate", manifest.accuracy.get("gate"), " or ".join(map(repr, GATES)))
+    for name, graph in manifest.model.graphs.items():
+        if (own := graph.properties.get("precision", manifest.precision)) not in BANDS:
+            raise _wrong(where, f"graphs: {name}: properties: precision", own, ", ".join(BANDS))
     check_paths((file.path for file in manifest.files), where)
     check_model(manifest.model, where)
 

@@ -1,0 +1,201 @@
+"""int8 bundles of the reference model: within their budget, with reasons, or refused with one line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from calibration import mixed, observe, recipe, sensitivity
+from calibration.calibrate import calibrate, instrument, source
+from calibration.graph import Array
+from calibration.observe import Statistics
+from calibration.quality import SEED, Budget, Quality, draw_float
+from exporter import build, hub, quantized
+from exporter.quantized import Quantization
+from runtimes import bundle
+from runtimes.errors import DexportError, GateError
+from runtimes.manifest import Model
+from runtimes.pipeline import Pipeline, Request
+
+EMOJI = Path(__file__).parents[2] / "examples/emoji/model"
+PROMPTS = (
+    "red apple", "rocket", "dog face", "umbrella", "smiling face", "house with garden", "ice cream", "blue heart",
+)  # fmt: skip
+GRAPH = "denoiser"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Path, Path]:
+    """The reference model's hub, and statistics of it."""
+    folder = tmp_path_factory.mktemp("quantized")
+    model = hub.export(EMOJI, folder / "hub")
+    quantized.calibrate_hub(folder / "hub", folder / "statistics", prompts=PROMPTS[:6], steps=6)
+    return model, folder / "hub", folder / "statistics"
+
+
+def loaded(made: tuple[Model, Path, Path]) -> Statistics:
+    model, folder, statistics = made
+    return observe.load(statistics, source(model, folder))
+
+
+@pytest.mark.parametrize("target", ["openvino", "onnxruntime"])
+def test_a_bundle_meets_its_budget_and_says_how(made: tuple[Model, Path, Path], target: str, tmp_path: Path) -> None:
+    """The budget is above what int8 alone reaches here, so blocks must be kept."""
+    _, folder, statistics = made
+    asked = Quantization(budget="psnr=38", prompts=PROMPTS, statistics=statistics)
+    manifest = build.compile_hub(folder, tmp_path / "bundle", target=target, precision="int8", quantization=asked)
+    report = manifest.accuracy["quantization"]
+    assert np.median(report["psnr_db"]) >= 38 and report["prompts"] == list(PROMPTS[-2:])
+    assert report["attempts"][0]["psnr_median_db"] < 38 and report["kept"]
+    assert report["quantized"] > 80 and "unet.conv_in" in report["left"]
+    assert min(report["sqnr_db"]) > 16
+    assert manifest.model.graphs["decoder"].properties["precision"] == quantized.BESIDE[target]
+    assert json.loads((tmp_path / "bundle" / bundle.MANIFEST).read_text())["precision"] == "int8"
+    pipeline = Pipeline.load(tmp_path / "bundle")
+    exact = draw_float(hub.load(folder), folder, ["red apple"], steps=10).pictures[0]
+    *_, last = pipeline.generate(Request(["red apple"], steps=10, seed=SEED, guidance_batch="sequential"))
+    error = np.square(pipeline.decode(last.sample) - exact).mean()
+    assert 25 < -10 * np.log10(error) < 60  # int8 it is, and near
+    weights = sum(path.stat().st_size for path in (tmp_path / "bundle" / GRAPH).iterdir())
+    assert weights < 0.5 * sum(path.stat().st_size for path in (folder / GRAPH).iterdir())
+
+
+def test_a_budget_that_cannot_be_met_fails_with_the_best(made: tuple[Model, Path, Path], tmp_path: Path) -> None:
+    _, folder, statistics = made
+    asked = Quantization(budget="psnr=90", prompts=PROMPTS, statistics=statistics)
+    with pytest.raises(
+        GateError, match=r"the budget of 90 dB cannot be met: the best found has \d+\.\d dB, .*most costly: unet"
+    ) as error:
+        build.compile_hub(folder, tmp_path / "bundle", target="openvino", precision="int8", quantization=asked)
+    assert error.value.exit_code == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_an_engine_is_built_from_the_quantized_graph_and_smaller(
+    made: tuple[Model, Path, Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    _, folder, statistics = made
+    sizes = {}
+    for precision in ("fp32", "int8"):
+        asked = Quantization(statistics=statistics) if precision == "int8" else None
+        manifest = build.compile_hub(
+            folder, tmp_path / precision, target="tensorrt:sm89", precision=precision, quantization=asked
+        )
+        sizes[precision] = (tmp_path / precision / manifest.model.graphs[GRAPH].file).stat().st_size
+    assert sizes["int8"] < 0.9 * sizes["fp32"]  # of a model so small most is not weights
+    assert manifest.accuracy["quantization"]["budget"].startswith("not measured: this machine cannot run")
+
+
+def test_statistics_of_another_model_and_bad_settings_are_refused_before_the_work(
+    made: tuple[Model, Path, Path], tmp_path: Path
+) -> None:
+    _, folder, _ = made
+    other = replace(loaded(made), source="0" * 64)
+    other.save(tmp_path / "other")
+
+    def refused(match: str, precision: str = "int8", **settings: object) -> None:
+        with pytest.raises(DexportError, match=match) as error:
+            build.compile_hub(
+                folder, tmp_path / "bundle", target="openvino", precision=precision,
+                quantization=Quantization(**settings),  # type: ignore[arg-type]
+            )  # fmt: skip
+        assert "\n" not in str(error.value) and not (tmp_path / "bundle").exists()
+
+    refused("of another model", statistics=tmp_path / "other")
+    refused("2 different prompts are too few", prompts=["a", "b", "a"])
+    refused("a prompt is empty", prompts=["a", "b", "c", "d", " "])
+    refused("no such file|cannot be read", prompts=tmp_path / "none.txt")
+    refused("is no budget", budget="ssim=1")
+    refused("is no budget", budget="psnr=nan")
+    refused("no observer 'median'", observer="median")
+    refused("steps of a calibration must be 1 or more", steps=0)
+    refused("no place for statistics", statistics=tmp_path / "no" / "folder")
+    refused("none is asked for; add --precision int8", precision="bf16", budget="psnr=36")
+    (tmp_path / "latin.txt").write_bytes("é\n".encode("latin-1") * 9)
+    refused("not UTF-8", prompts=tmp_path / "latin.txt")
+
+
+def test_a_calibration_sees_every_timestep_with_and_without_the_prompt(made: tuple[Model, Path, Path]) -> None:
+    found = loaded(made)
+    assert len(found.calls) == 6 * 6 * 2 and len({call.timestep for call in found.calls}) == 6
+    assert {call.prompt for call in found.calls} == set(PROMPTS[:6])
+    again = calibrate(*made[:2], PROMPTS[:4], steps=2)
+    np.testing.assert_array_equal(
+        again.values["sample"].bounds[0], found.values["sample"].bounds[0]
+    )  # the same noise, and the sampler's first timestep
+    with pytest.raises(DexportError, match="too few to calibrate"):
+        calibrate(*made[:2], PROMPTS[:2])
+
+
+def test_what_was_only_zeros_is_left_and_reported(made: tuple[Model, Path, Path]) -> None:
+    model, folder, _ = made
+    found = loaded(made)
+    file = folder / model.graphs[GRAPH].file
+    layers, _ = recipe.candidates(ir.load(file))
+    name = str(layers[3].input.name)
+    nothing = replace(found.values[name], bounds=np.zeros_like(found.values[name].bounds))
+    _, done = recipe.apply(ir.load(file), replace(found, values={**found.values, name: nothing}), recipe.Recipe())
+    assert done.left[layers[3].name] == "its input was only zeros"
+    assert layers[3].name not in done.quantized
+
+
+def test_each_blocks_noise_is_what_the_output_shows(made: tuple[Model, Path, Path]) -> None:
+    """Noise of all blocks together is about the sum of each one's: what the search of a plan rests on."""
+    model, folder, _ = made
+    file, found = folder / model.graphs[GRAPH].file, loaded(made)
+    judged = draw_float(model, folder, PROMPTS[:1], steps=4)
+    shares = sensitivity.noise(file, model.graphs[GRAPH], found, recipe.Recipe(), judged.calls)
+    _, values = instrument(file)
+    assert len(shares) > 25 and min(shares.values()) > 0 and len(values) > 100
+    switched, blocks = sensitivity.switched(file, found, recipe.Recipe())
+    folder_ = str(file.parent)
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder_)
+    session = onnxruntime.InferenceSession(ir.to_proto(switched).SerializeToString(), options)
+
+    def output(inputs: dict[str, Array], on: float) -> Array:
+        feed = {**inputs, sensitivity.SWITCHES: np.full(len(blocks), on, np.float32)}
+        return np.asarray(session.run(["output"], feed)[0], np.float64)
+
+    chosen = [judged.calls[int(place)][0] for place in np.linspace(0, len(judged.calls) - 1, sensitivity.CALLS)]
+    both = [(output(inputs, 0), output(inputs, 1)) for inputs in chosen]
+    together = np.mean([np.square(b - a).sum() / np.square(a).sum() for a, b in both])
+    assert 0.4 < together / sum(shares.values()) < 2.5
+
+
+def test_the_search_keeps_as_few_blocks_as_will_do() -> None:
+    noise = {"a": 1.0, "b": 8.0, "c": 2.0, "d": 4.0}
+    works = {"a": 1.0, "b": 1.0, "c": 1.0, "d": 100.0}
+    tried = []
+
+    def attempt(keep: frozenset[str]) -> Quality:
+        tried.append(keep)
+        left = sum(share for name, share in noise.items() if name not in keep)
+        return Quality((40 - left,), (), 1.0)
+
+    plan = mixed.search(Budget(34.0), attempt, lambda: noise, works)
+    assert plan.chosen.keep == ("b", "c")  # by noise for the work that they save: d would cost most of the speed
+    assert mixed.search(Budget(20.0), attempt, dict, works).chosen.keep == ()
+    assert tried[0] == frozenset() and len(plan.attempts) <= 5
+    with pytest.raises(GateError, match=r"best found has 40.0 dB, with 4 of 4 blocks .*most costly: b, d, c"):
+        mixed.search(Budget(41.0), attempt, lambda: noise, works)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("unet.down_blocks.0.resnets.1.conv1", "unet.down_blocks.0.resnets.1"),
+        ("unet.up_blocks.2.attentions.0.transformer_blocks.0.ff.net.0.proj", "unet.up_blocks.2.attentions.0"),
+        ("unet.mid_block.attentions.0.proj_in", "unet.mid_block.attentions.0"),
+        ("transformer.transformer_blocks.3.attn1.to_out.0", "transformer.transformer_blocks.3"),
+        ("unet.conv_out", "unet.conv_out"),
+    ],
+)
+def test_blocks(name: str, expected: str) -> None:
+    assert recipe.block(name) == expected
