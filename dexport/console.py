@@ -111,8 +111,10 @@ def open_image(file: Path) -> Image:
         with Image.open(file) as image:
             image.load()
             return image.copy()
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        why = error.strerror if isinstance(error, OSError) and error.strerror else "not a picture that can be read"
+    except Image.DecompressionBombError as error:
+        raise DexportError(f"{file}: too many pixels; make it smaller") from error
+    except (UnidentifiedImageError, OSError) as error:
+        why = getattr(error, "strerror", None) or "not a picture that can be read"
         raise DexportError(f"{file}: {why}") from error
 
 

@@ -140,13 +140,13 @@ class Shape(click.ParamType):  # type: ignore[type-arg]  # generic only in later
 
 
 class Numbers(click.ParamType):  # type: ignore[type-arg]  # generic only in later clicks
-    """One number, or ``least`` and more of them with commas between."""
+    """One number or more with commas between, or just as many as ``exactly`` says."""
 
     name = "numbers"
 
-    def __init__(self, least: int = 1) -> None:
-        """How many there must be."""
-        self.least = least
+    def __init__(self, exactly: int | None = None) -> None:
+        """How many there must be; None for any number."""
+        self.exactly = exactly
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return a float for one number, and a tuple of floats for several."""
@@ -156,8 +156,8 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]  # generic only in lat
             numbers = tuple(float(part) for part in value.split(","))
         except ValueError:
             self.fail(f"{value!r} is no number, nor numbers with commas between", param, ctx)
-        if len(numbers) < self.least:
-            self.fail(f"{value!r} must be {self.least} numbers with a comma between", param, ctx)
+        if self.exactly and len(numbers) != self.exactly:
+            self.fail(f"{value!r} must be {self.exactly} numbers with a comma between", param, ctx)
         return numbers[0] if len(numbers) == 1 else numbers
 
 

@@ -21,17 +21,35 @@ def plan(table: Table, scale: float | Sequence[float], interval: tuple[float, fl
     two of them it changes evenly. interval: the share of the calls, from start to end, that are guided; the others
     have the scale 1 (https://arxiv.org/abs/2404.07724). Raises DexportError for scales or an interval that are none.
     """
-    points = np.atleast_1d(np.asarray(scale, np.float64))
+    points = np.atleast_1d(_numbers(scale))
     if points.ndim != 1 or not len(points) or not ((points >= 0) & (points <= LARGEST)).all():
         raise DexportError(f"guidance must be a number from 0 to {LARGEST:g}, or several, not {scale!r:.80}")
-    start, end = interval
-    if not 0 <= start < end <= 1:
-        raise DexportError(f"the interval of guidance must rise within 0 to 1, not {start:g} to {end:g}")
-    count = len(table.rows)
-    scales = np.interp(np.linspace(0, len(points) - 1, count), np.arange(len(points)), points)
-    scales[: int(start * count)] = scales[int(end * count) :] = 1.0
-    rows = tuple(dataclasses.replace(row, guidance=float(g)) for row, g in zip(table.rows, scales, strict=True))
+    ends = _numbers(interval)
+    if ends.shape != (2,) or not 0 <= ends[0] < ends[1] <= 1:
+        raise DexportError(
+            f"the interval of guidance must be two numbers that rise within 0 to 1, not {interval!r:.80}"
+        )
+    calls = [index for index, row in enumerate(table.rows) if row.calls]
+    # Rounded, since a share of a whole number of calls may fall just below it: 0.58 of 50.
+    first, last = (int(round(float(end) * len(calls), 9)) for end in ends)
+    if first == last and (points > 1).any():
+        raise DexportError(
+            f"the interval of guidance, {ends[0]:g} to {ends[1]:g}, holds none of {len(calls)} calls; widen it"
+        )
+    scales = np.interp(np.linspace(0, len(points) - 1, len(calls)), np.arange(len(points)), points)
+    scales[:first] = scales[last:] = 1.0
+    own = dict(zip(calls, scales.tolist(), strict=True))
+    rows = tuple(dataclasses.replace(row, guidance=own.get(index, 1.0)) for index, row in enumerate(table.rows))
     return dataclasses.replace(table, rows=rows)
+
+
+def _numbers(value: object) -> Array:
+    """An array of numbers; of what is none, an empty one."""
+    try:
+        array = np.asarray(value)
+    except ValueError:  # lists of different lengths
+        return np.zeros(0)
+    return array.astype(np.float64) if array.dtype.kind in "iuf" else np.zeros(0)
 
 
 def guide(without: Array, with_prompt: Array, scale: float, rescale: float = 0.0) -> Array:

@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 
+from runtimes.errors import DexportError
+
 KEY = "dexport"  # the PNG text chunk that holds the settings as JSON
 
 
@@ -26,7 +28,13 @@ def to_array(image: Image.Image, size: tuple[int, int]) -> NDArray[np.float32]:
     """Turn a picture into float32 [1, 3, H, W] in [0, 1] of ``size`` (height, width).
 
     Transparent parts become white; a picture of another size is scaled to fill this one, and cut evenly at its sides.
+    One that a camera turned by a note in its metadata is turned. Raises DexportError for one of no known range.
     """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # convert would cut off all but the darkest 256th
+        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise DexportError(f"a picture of mode {image.mode}, whose white is not known; save it with 8 or 16 bits")
     rgba = image.convert("RGBA")
     flat = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     fitted = ImageOps.fit(flat, (size[1], size[0]), Image.Resampling.LANCZOS)

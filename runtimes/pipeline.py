@@ -195,6 +195,11 @@ class Pipeline:
             raise DexportError(f"steps must be 1 or more, not {request.steps}")
         if request.seed < 0:
             raise DexportError(f"a seed must be 0 or more, not {request.seed}")
+        for name in ("guidance_rescale", "strength"):
+            if not isinstance(getattr(request, name), (int, float)):
+                raise DexportError(f"{name} must be a number, not {getattr(request, name)!r:.80}")
+        if request.image is not None and not isinstance(request.image, Image.Image):
+            raise DexportError(f"image must be a picture (PIL.Image.open gives one), not {request.image!r:.80}")
         if not 0 <= request.guidance_rescale <= 1:
             raise DexportError(f"guidance_rescale must be a number from 0 to 1, not {request.guidance_rescale}")
         if not 0 < request.strength <= 1:

@@ -6,7 +6,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# The same examples in every run, so that a change fails for what it changed; `--hypothesis-profile=default` looks for
+# others.
+hypothesis.settings.register_profile("fixed", derandomize=True)
+hypothesis.settings.load_profile("fixed")
 
 MERGES = ("r e", "re d</w>", "a p", "p l", "ap pl", "appl e</w>")
 

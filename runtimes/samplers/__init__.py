@@ -72,6 +72,9 @@ REFUSED: Mapping[str, str] = {**flow_other.REFUSED}
 """Classes of diffusers that no table can stand for, with the reason."""
 
 
+MOST_STEPS = 10_000  # more is a slip of the keyboard, and would end in a machine without memory
+
+
 def compile_table(
     scheduler: Mapping[str, Any],
     steps: int,
@@ -100,6 +103,11 @@ def compile_table(
     config = resolve(name, found, {**scheduler, **overrides})
     if type(steps) is not int or steps < 1:
         raise DexportError(f"steps must be a whole number from 1, not {steps!r}")
+    if steps > MOST_STEPS:
+        raise DexportError(f"{steps} steps are too many; {MOST_STEPS} is the most, and no model needs as many")
+    low, high = config.get("sigma_min"), config.get("sigma_max")
+    if low is not None and high is not None and not low < high:
+        raise DexportError(f"sigma_min must be below sigma_max, not {low:g} and {high:g}")
     if not 0 <= begin < steps:
         raise DexportError(f"the first step must lie between 0 and {steps - 1}, not {begin}")
     if timesteps is not None and len(timesteps) != steps:

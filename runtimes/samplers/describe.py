@@ -39,7 +39,7 @@ def describe(name: str, *, steps: int = 20, source: Path | str | None = None) ->
     return {
         "sampler": samplers.names.find(name, samplers.CLASSES)[0],
         "steps": steps,
-        "calls": len(rows),
+        "calls": sum(row.calls for row in table.rows),
         "init_scale": table.init_scale,
         "rows": rows,
     }

@@ -38,8 +38,6 @@ def cosine(config: Config, ask: Ask) -> Table:
 
 def _table(config: Config, ask: Ask, times_of: Callable[[Floats], Floats]) -> Table:
     low, high = config["sigma_min"], config["sigma_max"]
-    if low >= high:
-        raise DexportError(f"sigma_min must be below sigma_max, not {low:g} and {high:g}")
     if config["sigma_schedule"] == "karras":
         sigmas = schedule.karras(low, high, ask.steps, config["rho"])
     else:

@@ -62,6 +62,7 @@ def build(say: Say, checkpoint: Path, output: Path) -> Said:
         (["run", "bundle", "--prompt", "x", "--threads", "1000000"], "--threads"),
         (["build", "here", "-o", "there", "--target", "onnxruntime", "--max-batch", "100000"], "--max-batch"),
         (["bench", "bundle", "--repeats", "none"], "--repeats"),
+        (["run", "bundle", "--prompt", "x", "--guidance-interval", "0,0.5,1"], "2 numbers"),
         (["completion", "dos"], "bash"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -29,11 +31,29 @@ def test_guide_is_that_of_diffusers(scale: float, rescale: float) -> None:
 @pytest.mark.parametrize("steps", [1, 2, 7, 20])
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.2, 0.8), (0.5, 1.0), (0.0, 0.35)])
 def test_interval_is_that_of_diffusers(steps: int, interval: tuple[float, float]) -> None:
-    table = plan(compile_table({"_class_name": "DDIMScheduler"}, steps), 5.0, interval)
+    table = compile_table({"_class_name": "DDIMScheduler"}, steps)
     guider = ClassifierFreeGuidance(guidance_scale=5.0, start=interval[0], stop=interval[1])
+    theirs = []
     for index, row in enumerate(table.rows):
         guider.set_state(index, steps, torch.tensor(row.t))
-        assert (row.guidance > 1) == (guider.num_conditions == 2)
+        theirs.append(guider.num_conditions == 2)
+    if any(theirs):
+        assert [row.guidance > 1 for row in plan(table, 5.0, interval).rows] == theirs
+    else:
+        with pytest.raises(DexportError, match=f"holds none of {steps} calls; widen it"):
+            plan(table, 5.0, interval)
+
+
+def test_a_share_that_is_a_whole_number_of_calls_is_that_number() -> None:
+    table = plan(compile_table({"_class_name": "DDIMScheduler"}, 50), 5.0, (0.0, 0.58))
+    assert sum(row.guidance > 1 for row in table.rows) == 29  # and 0.58 * 50 is 28.999999999999996
+
+
+def test_rows_without_a_call_take_no_part() -> None:
+    table = plan(compile_table({"_class_name": "RePaintScheduler"}, 15), [9.0, 2.0])
+    called = [row.guidance for row in table.rows if row.calls]
+    assert 0 < len(called) < len(table.rows) and called[0] == 9 and called[-1] == 2
+    np.testing.assert_allclose(np.diff(called), -7 / (len(called) - 1))
 
 
 def test_scales_are_spread_over_the_steps() -> None:
@@ -46,8 +66,20 @@ def test_scales_are_spread_over_the_steps() -> None:
 
 @pytest.mark.parametrize(
     ("scale", "interval"),
-    [(-1.0, (0.0, 1.0)), ([], (0.0, 1.0)), ([1.0, float("nan")], (0.0, 1.0)), (1e4, (0.0, 1.0)), (2.0, (0.5, 0.5))],
+    [
+        (-1.0, (0.0, 1.0)),
+        ([], (0.0, 1.0)),
+        ([1.0, float("nan")], (0.0, 1.0)),
+        (1e4, (0.0, 1.0)),
+        (2.0, (0.5, 0.5)),
+        ("abc", (0.0, 1.0)),
+        ([9, "x"], (0.0, 1.0)),
+        ([[1], [2, 3]], (0.0, 1.0)),
+        (2.0, 0.5),
+        (2.0, (0,)),
+        (2.0, ("0", "1")),
+    ],
 )
-def test_what_is_no_scale_is_refused(scale: float, interval: tuple[float, float]) -> None:
+def test_what_is_no_scale_is_refused(scale: Any, interval: Any) -> None:
     with pytest.raises(DexportError, match="guidance"):
         plan(compile_table({"_class_name": "DDIMScheduler"}, 5), scale, interval)

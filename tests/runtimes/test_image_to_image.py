@@ -80,3 +80,21 @@ def test_a_picture_is_cut_evenly_and_laid_on_white() -> None:
     assert np.array_equal(to_array(wide, (10, 10)), np.broadcast_to([[[0.0]], [[0.0]], [[1.0]]], (1, 3, 10, 10)))
     clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
     assert (to_array(clear, (8, 8)) == 1).all()
+
+
+def test_deep_and_turned_pictures_are_read_as_people_see_them() -> None:
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    np.testing.assert_allclose(to_array(Image.fromarray(ramp), (8, 8))[0, 0], ramp / 65535, atol=0.5 / 255 + 1e-6)
+    picture = Image.new("RGB", (8, 16), "red")
+    picture.paste((0, 0, 255), (0, 0, 8, 8))  # blue above red
+    turned = picture.transpose(Image.Transpose.ROTATE_90)
+    turned.getexif()[274] = 6  # as a camera notes that it was held on its side
+    np.testing.assert_array_equal(to_array(turned, (16, 8)), to_array(picture, (16, 8)))
+    with pytest.raises(DexportError, match="mode F, whose white is not known"):
+        to_array(Image.fromarray(np.zeros((8, 8), np.float32)), (8, 8))
+
+
+def test_what_is_no_picture_is_refused(pipeline: Pipeline, picture: Image.Image) -> None:
+    for settings, words in (({"image": "grey.png"}, "must be a picture"), ({"strength": "x"}, "must be a number")):
+        with pytest.raises(DexportError, match=words):
+            next(pipeline.generate(Request(["red"], steps=STEPS, **({"image": picture} | settings))))
