@@ -166,7 +166,7 @@ def quantize(weight: Array, axis: int, bits: int) -> tuple[Array, Array]:
     for start in range(0, len(groups), CHUNK // GROUP):
         piece = slice(start, start + CHUNK // GROUP)
         scale[piece] = _best_scale(groups[piece])
-        numbers[piece] = _round(groups[piece], scale[piece])
+        numbers[piece] = np.clip(np.rint(groups[piece] / scale[piece, None]), -8, 7)
     narrowed, scales = numbers.reshape(turned.shape).astype(ml_dtypes.int4), scale.reshape(len(turned), -1)
     return (narrowed, scales) if axis == 0 else (narrowed.T, scales.T)
 
@@ -177,19 +177,13 @@ def _best_scale(groups: Array) -> Array:
     least, best = np.full(len(groups), np.inf, np.float32), np.ones(len(groups), np.float32)
     for ratio in RATIOS:
         scale = _positive(peak * np.float32(ratio / 7))
-        error = _round(groups, scale)
-        error *= scale[:, None]
-        error -= groups
-        squared = np.einsum("ij,ij->i", error, error)
+        steps = groups / scale[:, None]
+        error = np.clip(np.rint(steps), -8, 7)
+        error -= steps
+        squared = np.einsum("ij,ij->i", error, error) * np.float32(ratio**2)  # in units that no weight overflows
         better = squared < least
         least[better], best[better] = squared[better], scale[better]
     return best
-
-
-def _round(groups: Array, scale: Array) -> Array:
-    steps = groups / scale[:, None]
-    np.rint(steps, out=steps)
-    return np.clip(steps, -8, 7, out=steps)
 
 
 def _positive(scale: Array) -> Array:
