@@ -37,6 +37,7 @@ GROUP = 32  # input channels that share a 4-bit scale
 SMALLEST = 1024  # elements: what is smaller saves less than its nodes cost
 OPSET = 21  # the first whose DequantizeLinear knows 4 bits and groups
 TYPES = {8: ir.DataType.INT8, 4: ir.DataType.INT4}
+NARROW = {"w8": 8, "w4": 4}  # precisions of weights alone, and their bits
 RATIOS = (1.0, 0.95, 0.9, 0.875, 0.85, 0.8, 0.75)  # of a group's peak; with 7/8 a negative peak becomes -8
 CHUNK = 1 << 18  # elements looked at together, so that they stay in the cache
 LEAST = float(np.finfo(np.float32).tiny)  # scale: its reciprocal is a float32 too

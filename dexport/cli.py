@@ -21,6 +21,8 @@ PRECISIONS = (
     "bf16",
     "fp16",
     "int8",
+    "w8",
+    "w4",
 )  # for completion alone; what a target can do, and why not, is its compiler's
 
 
@@ -132,7 +134,7 @@ def main() -> None:
 @click.option(
     "--precision", "precisions", multiple=True, default=("fp32",), show_default=True,
     shell_complete=lambda ctx, param, word: [name for name in PRECISIONS if name.startswith(word)],
-    help="Precision to compute in: fp32, bf16, fp16, int8. May be given several times.",
+    help="Precision: fp32, bf16, fp16, int8; w8 and w4 narrow the weights alone. May be given several times.",
 )  # fmt: skip
 @click.option("-o", "--output", type=FOLDER, required=True, help="The bundle; with several, a folder of them.")
 @shape_options
@@ -259,7 +261,7 @@ def calibrate(
     "--target", type=TargetName(precise=True), required=True,
     help="Backend or backend:device; with =PRECISION, in that one.",
 )  # fmt: skip
-@click.option("--precision", default="fp32", show_default=True, help="Precision to compute in: fp32, bf16, fp16, int8.")
+@click.option("--precision", default="fp32", show_default=True, help="Precision: fp32, bf16, fp16, int8, w8, w4.")
 @click.option("-o", "--output", type=FOLDER, required=True, help="The bundle.")
 @quantization_options
 @compile_options

@@ -84,6 +84,8 @@ BANDS = {
     "fp32": Band(graph=90.0, latents=80.0, image=60.0),
     "fp16": Band(graph=50.0, latents=40.0, image=40.0),
     "bf16": Band(graph=34.0, latents=30.0, image=30.0),
+    "w8": Band(graph=20.0, latents=14.0, image=20.0),
+    "w4": Band(graph=8.0, latents=4.0, image=10.0),
     "int8": Band(graph=16.0, latents=10.0, image=18.0),
 }
 """The noise that each precision has anyway, and room for deeper models.

@@ -31,6 +31,8 @@ from typing import Any
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from calibration.weights import NARROW, narrow
+from exporter.compile import onnxruntime_weights
 from exporter.compile.onnxruntime_integer import convolve, make_unsigned, multiply
 from runtimes.errors import Progress
 from runtimes.manifest import Graph
@@ -48,7 +50,7 @@ Rewrite = Callable[[ir.Model], tuple[ir.Model, bool]]
 
 def precisions(target: Target) -> tuple[str, ...]:
     """What its CPU kernels are good at; int8 is for a graph that is quantized already."""
-    return ("fp32", "int8")
+    return ("fp32", *NARROW, "int8")
 
 
 def check(target: Target) -> None:
@@ -67,7 +69,13 @@ def build(
     """Write model.onnx and model.onnx.data. See exporter.compile.compile_graph."""
     progress(f"{graph.kind}: rewriting for ONNX Runtime", 0.0)
     model = ir.load(source)
-    for rewrite in (*REWRITES, *INTEGER[target.device]) if precision == "int8" else REWRITES:
+    rewrites = REWRITES
+    if precision in NARROW:
+        model, _ = narrow(model, NARROW[precision])
+        rewrites += onnxruntime_weights.REWRITES
+    elif precision == "int8":
+        rewrites += INTEGER[target.device]
+    for rewrite in rewrites:
         model, _ = rewrite(model)
     progress(f"{graph.kind}: writing", 0.2)
     ir.save(model, output / "model.onnx", external_data="model.onnx.data")

@@ -12,38 +12,39 @@ it on the way (it becomes a Reshape without its attributes), so the timestep's U
 
 from __future__ import annotations
 
+import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from runtimes.backends.openvino import HINT, load, version
+import onnx_ir as ir
+
+from calibration.weights import GROUP, NARROW, narrow
+from runtimes.backends.openvino import GROUP_SIZE, HINT, load, version
 from runtimes.errors import DexportError, Progress
 from runtimes.manifest import Graph
 from runtimes.session import require
 from runtimes.target import Target
 
 WHY = "OpenVINO stores weights in fp32 or fp16 and computes in f32, f16 or bf16"
-WEIGHTS = {"fp32": "fp32", "fp16": "fp16", "bf16": "fp16", "int8": "fp16"}  # bf16 would lose three bits that fp16 keeps
+WEIGHTS = {"fp32": "fp32", "fp16": "fp16", "bf16": "fp16", "int8": "fp16", "w8": "fp32", "w4": "fp32"}
+"""What weights are stored in that are not narrower already; bf16 would lose three bits that fp16 keeps."""
 TIMESTEP = "timestep"
 EXACT = {"name": "DisablePrecisionConversion", "version": "0", "value": "dynamic:f16"}  # as OpenVINO itself writes it
 SIGNIFICANT = ("MatMul", "Convolution")  # what the lower precision is for; the timestep's sines end before
 HINTS = {
-    "cpu": {
-        "fp32": "f32",
-        "fp16": "f32",
-        "bf16": "bf16",
-        "int8": "bf16",
-    },  # no CPU of today computes in f16 faster than in f32
-    "gpu": {"fp32": "f32", "fp16": "f16", "bf16": "bf16", "int8": "f16"},
-    "npu": {"fp32": "f32", "fp16": "f16", "bf16": "bf16", "int8": "f16"},
+    # No CPU of today computes in f16 faster than in f32.
+    "cpu": {"fp32": "f32", "fp16": "f32", "bf16": "bf16", "int8": "bf16", "w8": "f32", "w4": "f32"},
+    "gpu": {"fp32": "f32", "fp16": "f16", "bf16": "bf16", "int8": "f16", "w8": "f16", "w4": "f16"},
+    "npu": {"fp32": "f32", "fp16": "f16", "bf16": "bf16", "int8": "f16", "w8": "f16", "w4": "f16"},
 }
 
 
 def precisions(target: Target) -> tuple[str, ...]:
     """All that the IR and the hint can say, on any device."""
-    return ("fp32", "fp16", "bf16", "int8")
+    return ("fp32", "fp16", "bf16", *NARROW, "int8")
 
 
 def check(target: Target) -> None:
@@ -63,20 +64,37 @@ def build(
     check(target)
     ov = load()
     progress(f"{graph.kind}: reading into OpenVINO", 0.0)
-    try:
-        model = ov.Core().read_model(source)
-    except RuntimeError as error:
-        raise DexportError(
-            f"{source}: OpenVINO cannot read this graph: {str(error).strip().splitlines()[-1]}"
-        ) from error
+    # The narrow graph is written on the disk that the IR goes to, which is as large.
+    with tempfile.TemporaryDirectory(prefix=".narrow-", dir=output.parent) as folder:
+        try:
+            model = ov.Core().read_model(_narrowed(source, Path(folder), precision))
+        except RuntimeError as error:
+            raise DexportError(
+                f"{source}: OpenVINO cannot read this graph: {str(error).strip().splitlines()[-1]}"
+            ) from error
+        _write(ov, model, graph, output, precision, progress)
+    properties = {HINT: HINTS[target.device][precision], "weights": WEIGHTS[precision]}
+    if precision in NARROW and target.device == "cpu":
+        properties[GROUP_SIZE] = str(GROUP)  # activations are rounded to 8 bits in these groups: its fast kernels
+    return replace(graph, file=f"{output.name}/model.xml", properties=properties)
+
+
+def _narrowed(source: Path, folder: Path, precision: str) -> Path:
+    """The graph with narrow weights, in ``folder``; ``source`` itself for other precisions."""
+    if precision not in NARROW:
+        return source
+    model, _ = narrow(ir.load(source), NARROW[precision])
+    ir.save(model, folder / "model.onnx", external_data="model.onnx.data", size_threshold_bytes=1024)
+    return folder / "model.onnx"
+
+
+def _write(ov: Any, model: Any, graph: Graph, output: Path, precision: str, progress: Progress) -> None:
     _reshape_timestep(ov, model)
     _name_by_place(model)
     progress(f"{graph.kind}: writing the IR", 0.5)
     ov.save_model(model, output / "model.xml", compress_to_fp16=WEIGHTS[precision] == "fp16")
     if any(tensor.name == TIMESTEP for tensor in graph.inputs):
         _keep_timestep_exact(output / "model.xml")
-    properties = {HINT: HINTS[target.device][precision], "weights": WEIGHTS[precision]}
-    return replace(graph, file=f"{output.name}/model.xml", properties=properties)
 
 
 def _name_by_place(model: Any) -> None:

@@ -148,6 +148,6 @@ def _profile(builder: Any, graph: Graph, max_batch: int) -> Any:
                 f"{graph.kind}: {free[0]} of {tensor.name!r} is free, and an engine needs it fixed; export with --shape"
             )
         low, high = (tuple(size if dim == "batch" else dim for dim in tensor.shape) for size in (1, max_batch))
-        if low != high:
+        if "batch" in tensor.shape:
             profile.set_shape(tensor.name, low, high, high)
     return profile

@@ -29,10 +29,10 @@ from tests.exporter.graphs import SAMPLES, relative
 
 
 def test_precisions_and_their_reasons() -> None:
-    assert precisions(Target.parse("onnxruntime")) == ("fp32",)
+    assert precisions(Target.parse("onnxruntime")) == ("fp32", "w8", "w4", "int8")
     for name in ("openvino", "tensorrt", "tensorrt:sm89"):
-        assert set(precisions(Target.parse(name))) == {"fp32", "fp16", "bf16"}
-    with pytest.raises(DexportError, match=r"no precision 'bf16': .*no bf16 arithmetic.*; it has fp32$"):
+        assert set(precisions(Target.parse(name))) >= {"fp32", "fp16", "bf16", "int8"}
+    with pytest.raises(DexportError, match=r"no precision 'bf16': .*no bf16 arithmetic.*; it has fp32, w8, w4, int8$"):
         check(Target.parse("onnxruntime"), "bf16")
 
 
@@ -237,6 +237,11 @@ class TestTensorRt:
                 "runtime": "tensorrt_rtx", "version": tensorrt_rtx.__version__, "compute_capability": "sm89",
                 "max_batch": "2",
             }  # fmt: skip
+
+    def test_builds_for_a_batch_of_one(self, tmp_path: Path) -> None:
+        sample = SAMPLES["text"]()
+        graph = compile_graph(sample.source, sample.graph, tmp_path, Target.parse("tensorrt:sm89"), "fp32", max_batch=1)
+        assert graph.properties["max_batch"] == "1"
 
     def test_refusals_are_one_line(self, tmp_path: Path) -> None:
         sample, target = SAMPLES["text"](), Target.parse("tensorrt:sm89")
