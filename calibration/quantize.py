@@ -71,13 +71,16 @@ def _quantize_weight(layer: Layer) -> ir.Value:
     assert tensor is not None and graph is not None
     scale = weight_scale(tensor.numpy(), axis)
     release(tensor)
-    factor = add_constant(graph, f"{weight.name}_scale", scale)
-    zero = add_constant(graph, f"{weight.name}_zero_point", np.zeros(scale.shape, np.int8))
+    name = weight.name
+    if f"{name}_quantized" in graph.initializers:  # a weight that one layer reads along one axis, one along the other
+        name = f"{name}_axis{axis}"
+    factor = add_constant(graph, f"{name}_scale", scale)
+    zero = add_constant(graph, f"{name}_zero_point", np.zeros(scale.shape, np.int8))
     numbers = add_weight(
-        graph, f"{weight.name}_quantized", tensor, lambda value: round_weight(value, scale, axis), ir.DataType.INT8
+        graph, f"{name}_quantized", tensor, lambda value: round_weight(value, scale, axis), ir.DataType.INT8
     )
     return add_node(
-        layer.node, "DequantizeLinear", [numbers, factor, zero], f"{weight.name}_dequantized", ir.DataType.FLOAT,
+        layer.node, "DequantizeLinear", [numbers, factor, zero], f"{name}_dequantized", ir.DataType.FLOAT,
         [ir.AttrInt64("axis", axis)], shape=weight.shape,
     )  # fmt: skip
 

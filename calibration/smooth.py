@@ -30,7 +30,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from calibration.graph import add_weight, readers, release, replace_input
+from calibration.graph import add_weight, free_name, readers, release, replace_input
 from calibration.layers import Layer, along
 from calibration.observe import Observed
 from calibration.ranges import MOST, error_of
@@ -174,5 +174,5 @@ def _scale(graph: ir.Graph, node: ir.Node, index: int, factors: Array, axis: int
         product: Array = (array * along(factors, axis, array.ndim)).astype(np.float32)
         return product
 
-    name = f"{value.name}.{node.name}"
+    name = free_name(graph, f"{value.name}.{node.name}")  # a node may read one constant twice
     replace_input(node, index, add_weight(graph, name, value.const_value, change))

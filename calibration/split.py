@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from calibration.graph import Array, add_node, add_weight, drop_unused, replace_value
+from calibration.graph import Array, add_node, add_weight, drop_unused, free_name, replace_value
 from calibration.layers import Layer, find
 
 
@@ -77,4 +77,5 @@ def _slice(graph: ir.Graph, layer: Layer, index: int, start: int, size: int) -> 
     def change(array: Array) -> Array:
         return np.take(array, range(start, start + size), axis)
 
-    return add_weight(graph, f"{layer.weight.name}.part{index}", whole, change, shape=shape)
+    name = free_name(graph, f"{layer.weight.name}.part{index}")  # layers may share a weight, but not its parts
+    return add_weight(graph, name, whole, change, shape=shape)
