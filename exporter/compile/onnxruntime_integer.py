@@ -40,7 +40,7 @@ def multiply(model: ir.Model) -> tuple[ir.Model, bool]:
         activation, weight = _dequantized(node, 0), _dequantized(node, 1)
         if node.op_type != "MatMul" or node.domain or activation is None or weight is None:
             continue
-        add = _bias_after(node)
+        add = _bias_after(node, weight)
         bias = add.inputs[1 - _place(add, node.outputs[0])] if add is not None else None
         x, x_scale, x_zero = activation.inputs
         w, w_scale, w_zero = weight.inputs
@@ -128,14 +128,16 @@ def _dequantized(node: ir.Node, index: int) -> ir.Node | None:
     return producer if producer is not None and producer.op_type == "DequantizeLinear" else None
 
 
-def _bias_after(node: ir.Node) -> ir.Node | None:
-    """The Add of a constant vector that is the only user of a node, or None."""
+def _bias_after(node: ir.Node, weight: ir.Node) -> ir.Node | None:
+    """The Add of a constant for each output channel that is the only user of a MatMul by ``weight``, or None."""
     users = list(node.outputs[0].uses())
     if len(users) != 1 or users[0].node.op_type != "Add" or node.outputs[0].is_graph_output():
         return None
     other = users[0].node.inputs[1 - users[0].idx]
-    constant = other is not None and other.is_initializer() and other.shape is not None and len(other.shape) == 1
-    return users[0].node if constant else None
+    numbers = weight.inputs[0]
+    if other is None or other.shape is None or not other.is_initializer() or numbers is None or numbers.shape is None:
+        return None
+    return users[0].node if list(other.shape) == [numbers.shape[1]] else None  # the kernel broadcasts nothing
 
 
 def _place(node: ir.Node, value: ir.Value) -> int:
