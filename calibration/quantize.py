@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from calibration.graph import add_constant, add_node, add_weight, release, replace_input
 from calibration.layers import Layer, along
-from calibration.ranges import MOST
+from calibration.ranges import MOST, NEAREST_ZERO
 from runtimes.errors import DexportError
 
 Array = NDArray[Any]
@@ -86,10 +86,16 @@ def _quantize_weight(layer: Layer) -> ir.Value:
 
 
 def weight_scale(weight: Array, axis: int) -> Array:
-    """A scale for each output channel, float32 [out]."""
+    """A scale for each output channel, float32 [out]; one of only zeros has the largest of the others.
+
+    A runtime holds a bias in steps of the input's scale times the weight's, so with a coarser scale it would be lost.
+    """
     others = tuple(index for index in range(weight.ndim) if index != axis)
     peak = np.maximum(weight.max(axis=others), -weight.min(axis=others))
-    return np.where(peak > 0, peak / MOST, 1).astype(np.float32)
+    if not peak.any():
+        return np.ones(peak.shape, np.float32)
+    scale: Array = np.maximum(np.where(peak > 0, peak, peak.max()) / MOST, NEAREST_ZERO).astype(np.float32)
+    return scale
 
 
 def round_weight(weight: Array, scale: Array, axis: int) -> Array:
