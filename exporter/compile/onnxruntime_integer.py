@@ -25,11 +25,13 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from calibration.graph import add_constant, drop_unused, replace_value
+from calibration.graph import add_constant, add_weight, drop_unused, replace_value
+from calibration.layers import along
 from calibration.quantize import output_scale
 
 Array = NDArray[Any]
 MICROSOFT = "com.microsoft"
+LARGEST_BIAS = 2**30  # in steps: half of int32 is left for the products
 SHIFT = 128  # from signed numbers to unsigned ones
 
 
@@ -71,13 +73,10 @@ def convolve(model: ir.Model) -> tuple[ir.Model, bool]:
         zero = add_constant(model.graph, f"{node.name}_zero_point", np.int8(0))
         inputs = [x, x_scale, x_zero, w, w_scale, w_zero, scale, zero]
         if len(node.inputs) > 2 and node.inputs[2] is not None:
+            assert w is not None and w_scale is not None
+            inputs[3:5] = w, w_scale = _make_room(model.graph, node, w, w_scale, _numpy(x_scale))
             numbers = np.rint(_numpy(node.inputs[2]) / (_numpy(x_scale) * _numpy(w_scale).astype(np.float64)))
-            limits = np.iinfo(np.int32)
-            inputs.append(
-                add_constant(
-                    model.graph, f"{node.name}_bias", np.clip(numbers, limits.min, limits.max).astype(np.int32)
-                )
-            )
+            inputs.append(add_constant(model.graph, f"{node.name}_bias", numbers.astype(np.int32)))
         result = node.outputs[0]
         made = ir.Value(name=f"{result.name}_integer", shape=result.shape, type=ir.TensorType(ir.DataType.INT8))
         floats = ir.Value(name=f"{result.name}_float", shape=result.shape, type=result.type)
@@ -89,6 +88,29 @@ def convolve(model: ir.Model) -> tuple[ir.Model, bool]:
     if modified:
         RemoveUnusedNodesPass()(model)
     return model, modified
+
+
+def _make_room(
+    graph: ir.Graph, node: ir.Node, weight: ir.Value, scale: ir.Value, x_scale: Array
+) -> tuple[ir.Value, ir.Value]:
+    """A convolution's weight and scales, coarser in channels whose bias is too many steps for the kernel's int32.
+
+    These are channels of tiny weights: what they lose is nothing beside their bias.
+    """
+    steps = np.abs(_numpy(node.inputs[2])) / (x_scale * _numpy(scale).astype(np.float64))
+    factors = np.maximum(steps / LARGEST_BIAS, 1)
+    if not (factors > 1).any():
+        return weight, scale
+
+    def coarser(array: Array) -> Array:
+        rounded: Array = np.rint(array / along(factors, 0, array.ndim)).astype(np.int8)
+        return rounded
+
+    assert weight.const_value is not None
+    return (
+        add_weight(graph, f"{node.name}_weight", weight.const_value, coarser, ir.DataType.INT8),
+        add_constant(graph, f"{node.name}_weight_scale", (_numpy(scale) * factors).astype(np.float32)),
+    )
 
 
 def make_unsigned(model: ir.Model) -> tuple[ir.Model, bool]:
