@@ -24,7 +24,7 @@ from runtimes.errors import DexportError
 
 Array = NDArray[np.float64]
 MOST = 127  # the greatest number; -128 is not used, so that a value and its negative are alike
-SHARE = 2e-5  # of the values, which the percentile observer cuts off
+SHARE = 2e-5  # of the values that are not 0, which the percentile observer cuts off
 NARROWEST = 0.2  # of what was seen: the narrowest range that mse and entropy try
 TRIED = 81  # ranges that they try
 NEAREST_ZERO = 1e-30  # the least scale: its reciprocal is a float32 too
@@ -60,6 +60,10 @@ def _min_max(sizes: Array, counts: Array, peak: float) -> float:
 
 
 def _percentile(sizes: Array, counts: Array, peak: float) -> float:
+    some = sizes > 0  # zeros need no range, and where nearly all are zeros the range would be one of nothing
+    sizes, counts = sizes[some], counts[some]
+    if not len(sizes):
+        return peak
     place = int(np.searchsorted(np.cumsum(counts), (1 - SHARE) * counts.sum()))
     return min(peak, float(sizes[min(place, len(sizes) - 1)]))
 
