@@ -36,7 +36,7 @@ def _parts(layer: Layer) -> list[int]:
     if concat is None or concat.op_type != "Concat" or layer.node.op_type not in ("Conv", "MatMul"):
         return []
     rank = len(layer.input.shape or ())
-    if concat.attributes["axis"].as_int() % rank != layer.channel % rank:
+    if not rank or concat.attributes["axis"].as_int() % rank != layer.channel % rank:
         return []
     sizes = [value.shape[layer.channel] if value is not None and value.shape else None for value in concat.inputs]
     assert layer.weight.shape is not None
