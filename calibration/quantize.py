@@ -61,7 +61,7 @@ def _quantize_activation(layer: Layer, scale: float) -> ir.Value:
     zero = add_constant(node.graph, f"{value.name}_zero_point", np.int8(0))
     numbers = add_node(node, "QuantizeLinear", [value, factor, zero], f"{value.name}_quantized", ir.DataType.INT8,
                        shape=value.shape)  # fmt: skip
-    return add_node(node, "DequantizeLinear", [numbers, factor, zero], f"{value.name}_dequantized", value.dtype,
+    return add_node(node, "DequantizeLinear", [numbers, factor, zero], f"{value.name}_dequantized", ir.DataType.FLOAT,
                     shape=value.shape)  # fmt: skip
 
 

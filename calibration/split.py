@@ -55,13 +55,13 @@ def _split(graph: ir.Graph, layer: Layer, sizes: Sequence[int]) -> None:
         bias = node.inputs[2:] if index == 0 else ()  # once
         name = f"{layer.output.name}_{index}"
         product = add_node(
-            node, node.op_type, [part, weight, *bias], name, layer.output.dtype, tuple(node.attributes.values()),
+            node, node.op_type, [part, weight, *bias], name, ir.DataType.FLOAT, tuple(node.attributes.values()),
             shape=layer.output.shape,
         )  # fmt: skip
         if total is None:
             total = product
         else:
-            total = add_node(node, "Add", [total, product], f"{name}_sum", product.dtype, shape=product.shape)
+            total = add_node(node, "Add", [total, product], f"{name}_sum", ir.DataType.FLOAT, shape=product.shape)
     assert total is not None
     replace_value(layer.output, total)
     old = layer.weight
