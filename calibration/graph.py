@@ -13,6 +13,14 @@ from onnx_ir.tape import Tape
 Array = NDArray[Any]
 
 
+def free_name(graph: ir.Graph, name: str) -> str:
+    """The name, or the name with a number where the graph has a constant of this name already."""
+    free, number = name, 1
+    while free in graph.initializers:
+        free, number = f"{name}.{number}", number + 1
+    return free
+
+
 def add_constant(graph: ir.Graph, name: str, value: Any) -> ir.Value:
     """A new initializer that holds an array."""
     array = np.asarray(value)

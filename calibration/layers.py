@@ -55,6 +55,8 @@ class Layer:
         """The constant that is added to each output channel, wherever the graph adds it, or None."""
         if len(self.node.inputs) > 2:
             return self.node.inputs[2]
+        if self.kind == "conv":
+            return None  # a vector that is added later is added along the last axis, which is no channel's
         users = list(self.output.uses())
         if len(users) != 1 or users[0].node.op_type != "Add":
             return None

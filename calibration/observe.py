@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from onnx_ir.tape import Tape
 
 from calibration.graph import add_constant, make_wait
+from runtimes import strict_json
 from runtimes.bundle import hash_file
 from runtimes.errors import DexportError
 from runtimes.manifest import Graph, Tensor
@@ -111,11 +112,11 @@ def load(file: Path, source: str) -> Statistics:
     if ABOUT not in header or any(kind not in (*KINDS, ABOUT) for kind in (name.partition("/")[0] for name in header)):
         raise DexportError(f"{file}: these are no calibration statistics; make them with: dexport calibrate")
     try:
-        about = json.loads(header[ABOUT].load().tobytes())
+        about = strict_json.loads(header[ABOUT].load().tobytes())
         version, settings = about["version"], dict(about["settings"])
         calls = tuple(Call(str(call["prompt"]), float(call["timestep"])) for call in about["calls"])
         taken_of = str(about["source"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise DexportError(f"{file}: what it says of itself is damaged; calibrate again") from error
     if version != VERSION:
         raise DexportError(f"{file}: statistics of version {version}; this dexport reads {VERSION}; calibrate again")
@@ -135,7 +136,8 @@ def load(file: Path, source: str) -> Statistics:
     for name, value in values.items():
         channels = value.peaks.shape
         whole = value.bounds.shape == (len(calls), 2) and value.histogram.shape == (BINS,) and len(channels) == 1
-        if not whole or not np.isfinite(value.bounds).all() or {value.means.shape, value.powers.shape} != {channels}:
+        finite = all(np.isfinite(array).all() for array in (value.bounds, value.peaks, value.means))
+        if not whole or not finite or {value.means.shape, value.powers.shape} != {channels}:
             raise DexportError(f"{file}: the statistics of {name!r} are damaged; calibrate again")
     return Statistics(taken_of, settings, calls, values)
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from calibration.graph import add_constant, add_node, add_weight, release, replace_input
 from calibration.layers import Layer, along
-from calibration.ranges import MOST
+from calibration.ranges import MOST, NEAREST_ZERO
 from runtimes.errors import DexportError
 
 Array = NDArray[Any]
@@ -61,7 +61,7 @@ def _quantize_activation(layer: Layer, scale: float) -> ir.Value:
     zero = add_constant(node.graph, f"{value.name}_zero_point", np.int8(0))
     numbers = add_node(node, "QuantizeLinear", [value, factor, zero], f"{value.name}_quantized", ir.DataType.INT8,
                        shape=value.shape)  # fmt: skip
-    return add_node(node, "DequantizeLinear", [numbers, factor, zero], f"{value.name}_dequantized", value.dtype,
+    return add_node(node, "DequantizeLinear", [numbers, factor, zero], f"{value.name}_dequantized", ir.DataType.FLOAT,
                     shape=value.shape)  # fmt: skip
 
 
@@ -71,22 +71,31 @@ def _quantize_weight(layer: Layer) -> ir.Value:
     assert tensor is not None and graph is not None
     scale = weight_scale(tensor.numpy(), axis)
     release(tensor)
-    factor = add_constant(graph, f"{weight.name}_scale", scale)
-    zero = add_constant(graph, f"{weight.name}_zero_point", np.zeros(scale.shape, np.int8))
+    name = weight.name
+    if f"{name}_quantized" in graph.initializers:  # a weight that one layer reads along one axis, one along the other
+        name = f"{name}_axis{axis}"
+    factor = add_constant(graph, f"{name}_scale", scale)
+    zero = add_constant(graph, f"{name}_zero_point", np.zeros(scale.shape, np.int8))
     numbers = add_weight(
-        graph, f"{weight.name}_quantized", tensor, lambda value: round_weight(value, scale, axis), ir.DataType.INT8
+        graph, f"{name}_quantized", tensor, lambda value: round_weight(value, scale, axis), ir.DataType.INT8
     )
     return add_node(
-        layer.node, "DequantizeLinear", [numbers, factor, zero], f"{weight.name}_dequantized", ir.DataType.FLOAT,
+        layer.node, "DequantizeLinear", [numbers, factor, zero], f"{name}_dequantized", ir.DataType.FLOAT,
         [ir.AttrInt64("axis", axis)], shape=weight.shape,
     )  # fmt: skip
 
 
 def weight_scale(weight: Array, axis: int) -> Array:
-    """A scale for each output channel, float32 [out]."""
+    """A scale for each output channel, float32 [out]; one of only zeros has the largest of the others.
+
+    A runtime holds a bias in steps of the input's scale times the weight's, so with a coarser scale it would be lost.
+    """
     others = tuple(index for index in range(weight.ndim) if index != axis)
     peak = np.maximum(weight.max(axis=others), -weight.min(axis=others))
-    return np.where(peak > 0, peak / MOST, 1).astype(np.float32)
+    if not peak.any():
+        return np.ones(peak.shape, np.float32)
+    scale: Array = np.maximum(np.where(peak > 0, peak, peak.max()) / MOST, NEAREST_ZERO).astype(np.float32)
+    return scale
 
 
 def round_weight(weight: Array, scale: Array, axis: int) -> Array:

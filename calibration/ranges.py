@@ -19,13 +19,14 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.observe import HALF, Observed, magnitudes
+from calibration.observe import HALF, OCTAVE, Observed, magnitudes
 from runtimes.errors import DexportError
 
 Array = NDArray[np.float64]
 MOST = 127  # the greatest number; -128 is not used, so that a value and its negative are alike
-SHARE = 2e-5  # of the values, which the percentile observer cuts off
+SHARE = 2e-5  # of the values that are not 0, which the percentile observer cuts off
 NARROWEST = 0.2  # of what was seen: the narrowest range that mse and entropy try
+SMOOTH = 1e-4  # of the values: what entropy grants a bin that the quantized histogram says is empty
 TRIED = 81  # ranges that they try
 NEAREST_ZERO = 1e-30  # the least scale: its reciprocal is a float32 too
 
@@ -60,6 +61,10 @@ def _min_max(sizes: Array, counts: Array, peak: float) -> float:
 
 
 def _percentile(sizes: Array, counts: Array, peak: float) -> float:
+    some = sizes > 0  # zeros need no range, and where nearly all are zeros the range would be one of nothing
+    sizes, counts = sizes[some], counts[some]
+    if not len(sizes):
+        return peak
     place = int(np.searchsorted(np.cumsum(counts), (1 - SHARE) * counts.sum()))
     return min(peak, float(sizes[min(place, len(sizes) - 1)]))
 
@@ -92,13 +97,19 @@ def _divergence(sizes: Array, counts: Array, limit: float) -> float:
     if not inside.any():
         return np.inf
     # What is cut off is seen at the end of the range, and the quantized histogram does not know of it.
+    last = int(np.flatnonzero(inside)[-1])
+    cut = counts[~inside].sum()
     seen = np.where(inside, counts, 0.0)
-    seen[np.flatnonzero(inside)[-1]] += counts[~inside].sum()
+    empty = sizes[last] < limit / 2 ** (1 / OCTAVE)  # the end of the range: what is cut off does not lie near others
+    seen[last] += 0 if empty else cut
     total = np.bincount(number[inside], counts[inside], MOST + 1)
     bins = np.bincount(number[inside], minlength=MOST + 1)
     told = (total / np.maximum(bins, 1))[number[inside]]  # a number's values, spread over the bins that it stands for
-    p, q = seen[inside] / seen.sum(), told / max(told.sum(), 1)
-    return float((p * np.log(p / q)).sum())
+    p, q = seen[inside] / (seen.sum() + empty * cut), told / max(told.sum(), 1)
+    if not (empty and cut):
+        return float((p * np.log(p / q)).sum())
+    end = cut / counts.sum()  # in a bin of its own, to which the quantized histogram, smoothed, gives SMOOTH
+    return float((p * np.log(p / (q * (1 - SMOOTH)))).sum() + end * np.log(end / SMOOTH))
 
 
 def _folded(observed: Observed) -> tuple[Array, Array]:

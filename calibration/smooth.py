@@ -30,7 +30,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from calibration.graph import add_weight, readers, release, replace_input
+from calibration.graph import add_weight, free_name, readers, release, replace_input
 from calibration.layers import Layer, along
 from calibration.observe import Observed
 from calibration.ranges import MOST, error_of
@@ -40,6 +40,7 @@ ALPHAS = (0.25, 0.4, 0.55, 0.7, 0.85)
 WORTH = 0.5  # of the error as it is: smoothed is only what gets below
 HEADROOM = 1.2  # for a channel's values beyond what was seen, which no other channel's range covers any more
 LARGEST = 1e3  # the most that a channel is divided by
+HEADS_FIRST = [0, 2, 1, 3]  # [B,S,H,D] ↔ [B,H,S,D]
 
 
 def smooth(
@@ -121,15 +122,21 @@ def _place(layer: Layer) -> Callable[[Array], None] | None:
     assert graph is not None
     if node is None or node.domain:
         return None
-    if node.op_type in ("LayerNormalization", "GroupNormalization"):
-        return _norm(graph, node)
+    assert layer.weight.const_value is not None
+    channels = layer.weight.const_value.shape.numpy()[layer.in_axis]
+    rank = len(layer.input.shape) if layer.input.shape is not None else 0
+    if node.op_type == "LayerNormalization":
+        axis = node.attributes["axis"].as_int() if "axis" in node.attributes else -1
+        return _norm(graph, node, channels) if rank and axis % rank == layer.channel == rank - 1 else None
+    if node.op_type == "GroupNormalization":
+        return _norm(graph, node, channels) if layer.channel == 1 else None
     if node.op_type == "Reshape":
-        return _attention(graph, node)
+        return _attention(graph, node, channels) if layer.channel == rank - 1 else None
     return None
 
 
-def _norm(graph: ir.Graph, node: ir.Node) -> Callable[[Array], None] | None:
-    if not all(_constant(node, index) for index in range(1, len(node.inputs))):
+def _norm(graph: ir.Graph, node: ir.Node, channels: int) -> Callable[[Array], None] | None:
+    if not all(_constant(node, index, (channels,)) for index in range(1, len(node.inputs))):
         return None
 
     def fold(factors: Array) -> None:
@@ -139,13 +146,21 @@ def _norm(graph: ir.Graph, node: ir.Node) -> Callable[[Array], None] | None:
     return fold
 
 
-def _attention(graph: ir.Graph, node: ir.Node) -> Callable[[Array], None] | None:
-    """Reshape(Transpose(Attention(q, k, v = Transpose(Reshape(x·Wv)))))"""
+def _attention(graph: ir.Graph, node: ir.Node, channels: int) -> Callable[[Array], None] | None:
+    """Reshape(Transpose(Attention(q, k, v = Transpose(Reshape(x·Wv))))), with a value for each of the channels.
+
+    There are fewer where queries share a value's head. A channel stays itself if both Transposes only swap heads and
+    tokens.
+    """
     attention = _chain(node, "Transpose", "Attention")
     values = attention.inputs[2] if attention is not None and len(attention.inputs) > 2 else None
-    transpose = values.producer() if values is not None and len(readers(values)) == 1 else None
+    transpose = values.producer() if values is not None and _read_once(values) else None
     linear = _chain(transpose, "Reshape", "MatMul") if transpose is not None else None
-    if linear is None or transpose is None or transpose.op_type != "Transpose" or not _constant(linear, 1):
+    if linear is None or transpose is None or transpose.op_type != "Transpose":
+        return None
+    matrix, back = linear.inputs[1], node.inputs[0].producer() if node.inputs[0] is not None else None
+    width = matrix.shape[1] if matrix is not None and matrix.shape is not None and len(matrix.shape) == 2 else None
+    if width != channels or not _constant(linear, 1) or not (_swaps_heads(back) and _swaps_heads(transpose)):
         return None
     return lambda factors: _scale(graph, linear, 1, factors, 1)
 
@@ -155,14 +170,25 @@ def _chain(node: ir.Node | None, *operators: str) -> ir.Node | None:
     for operator in operators:
         value = node.inputs[0] if node is not None else None
         node = value.producer() if value is not None else None
-        if node is None or node.op_type != operator or len(readers(value)) != 1:
+        if node is None or node.op_type != operator or not _read_once(value):
             return None
     return node
 
 
-def _constant(node: ir.Node, index: int) -> bool:
+def _swaps_heads(node: ir.Node | None) -> bool:
+    permutation = node.attributes.get("perm") if node is not None else None
+    return permutation is not None and list(permutation.as_ints()) == HEADS_FIRST
+
+
+def _read_once(value: ir.Value | None) -> bool:
+    return value is not None and len(readers(value)) == 1 and not value.is_graph_output()
+
+
+def _constant(node: ir.Node, index: int, shape: tuple[int, ...] | None = None) -> bool:
     value = node.inputs[index] if index < len(node.inputs) else None
-    return value is not None and value.is_initializer()
+    if value is None or not value.is_initializer() or value.const_value is None:
+        return False
+    return shape is None or tuple(value.const_value.shape) == shape
 
 
 def _scale(graph: ir.Graph, node: ir.Node, index: int, factors: Array, axis: int) -> None:
@@ -174,5 +200,5 @@ def _scale(graph: ir.Graph, node: ir.Node, index: int, factors: Array, axis: int
         product: Array = (array * along(factors, axis, array.ndim)).astype(np.float32)
         return product
 
-    name = f"{value.name}.{node.name}"
+    name = free_name(graph, f"{value.name}.{node.name}")  # a node may read one constant twice
     replace_input(node, index, add_weight(graph, name, value.const_value, change))

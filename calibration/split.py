@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from calibration.graph import Array, add_node, add_weight, drop_unused, replace_value
+from calibration.graph import Array, add_node, add_weight, drop_unused, free_name, replace_value
 from calibration.layers import Layer, find
 
 
@@ -36,7 +36,7 @@ def _parts(layer: Layer) -> list[int]:
     if concat is None or concat.op_type != "Concat" or layer.node.op_type not in ("Conv", "MatMul"):
         return []
     rank = len(layer.input.shape or ())
-    if concat.attributes["axis"].as_int() % rank != layer.channel % rank:
+    if not rank or concat.attributes["axis"].as_int() % rank != layer.channel % rank:
         return []
     sizes = [value.shape[layer.channel] if value is not None and value.shape else None for value in concat.inputs]
     assert layer.weight.shape is not None
@@ -55,13 +55,13 @@ def _split(graph: ir.Graph, layer: Layer, sizes: Sequence[int]) -> None:
         bias = node.inputs[2:] if index == 0 else ()  # once
         name = f"{layer.output.name}_{index}"
         product = add_node(
-            node, node.op_type, [part, weight, *bias], name, layer.output.dtype, tuple(node.attributes.values()),
+            node, node.op_type, [part, weight, *bias], name, ir.DataType.FLOAT, tuple(node.attributes.values()),
             shape=layer.output.shape,
         )  # fmt: skip
         if total is None:
             total = product
         else:
-            total = add_node(node, "Add", [total, product], f"{name}_sum", product.dtype, shape=product.shape)
+            total = add_node(node, "Add", [total, product], f"{name}_sum", ir.DataType.FLOAT, shape=product.shape)
     assert total is not None
     replace_value(layer.output, total)
     old = layer.weight
@@ -77,4 +77,5 @@ def _slice(graph: ir.Graph, layer: Layer, index: int, start: int, size: int) -> 
     def change(array: Array) -> Array:
         return np.take(array, range(start, start + size), axis)
 
-    return add_weight(graph, f"{layer.weight.name}.part{index}", whole, change, shape=shape)
+    name = free_name(graph, f"{layer.weight.name}.part{index}")  # layers may share a weight, but not its parts
+    return add_weight(graph, name, whole, change, shape=shape)

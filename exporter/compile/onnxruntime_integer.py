@@ -25,11 +25,13 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from calibration.graph import add_constant, drop_unused, replace_value
+from calibration.graph import add_constant, add_weight, drop_unused, replace_value
+from calibration.layers import along
 from calibration.quantize import output_scale
 
 Array = NDArray[Any]
 MICROSOFT = "com.microsoft"
+LARGEST_BIAS = 2**30  # in steps: half of int32 is left for the products
 SHIFT = 128  # from signed numbers to unsigned ones
 
 
@@ -40,7 +42,7 @@ def multiply(model: ir.Model) -> tuple[ir.Model, bool]:
         activation, weight = _dequantized(node, 0), _dequantized(node, 1)
         if node.op_type != "MatMul" or node.domain or activation is None or weight is None:
             continue
-        add = _bias_after(node)
+        add = _bias_after(node, weight)
         bias = add.inputs[1 - _place(add, node.outputs[0])] if add is not None else None
         x, x_scale, x_zero = activation.inputs
         w, w_scale, w_zero = weight.inputs
@@ -71,13 +73,10 @@ def convolve(model: ir.Model) -> tuple[ir.Model, bool]:
         zero = add_constant(model.graph, f"{node.name}_zero_point", np.int8(0))
         inputs = [x, x_scale, x_zero, w, w_scale, w_zero, scale, zero]
         if len(node.inputs) > 2 and node.inputs[2] is not None:
+            assert w is not None and w_scale is not None
+            inputs[3:5] = w, w_scale = _make_room(model.graph, node, w, w_scale, _numpy(x_scale))
             numbers = np.rint(_numpy(node.inputs[2]) / (_numpy(x_scale) * _numpy(w_scale).astype(np.float64)))
-            limits = np.iinfo(np.int32)
-            inputs.append(
-                add_constant(
-                    model.graph, f"{node.name}_bias", np.clip(numbers, limits.min, limits.max).astype(np.int32)
-                )
-            )
+            inputs.append(add_constant(model.graph, f"{node.name}_bias", numbers.astype(np.int32)))
         result = node.outputs[0]
         made = ir.Value(name=f"{result.name}_integer", shape=result.shape, type=ir.TensorType(ir.DataType.INT8))
         floats = ir.Value(name=f"{result.name}_float", shape=result.shape, type=result.type)
@@ -89,6 +88,29 @@ def convolve(model: ir.Model) -> tuple[ir.Model, bool]:
     if modified:
         RemoveUnusedNodesPass()(model)
     return model, modified
+
+
+def _make_room(
+    graph: ir.Graph, node: ir.Node, weight: ir.Value, scale: ir.Value, x_scale: Array
+) -> tuple[ir.Value, ir.Value]:
+    """A convolution's weight and scales, coarser in channels whose bias is too many steps for the kernel's int32.
+
+    These are channels of tiny weights: what they lose is nothing beside their bias.
+    """
+    steps = np.abs(_numpy(node.inputs[2])) / (x_scale * _numpy(scale).astype(np.float64))
+    factors = np.maximum(steps / LARGEST_BIAS, 1)
+    if not (factors > 1).any():
+        return weight, scale
+
+    def coarser(array: Array) -> Array:
+        rounded: Array = np.rint(array / along(factors, 0, array.ndim)).astype(np.int8)
+        return rounded
+
+    assert weight.const_value is not None
+    return (
+        add_weight(graph, f"{node.name}_weight", weight.const_value, coarser, ir.DataType.INT8),
+        add_constant(graph, f"{node.name}_weight_scale", (_numpy(scale) * factors).astype(np.float32)),
+    )
 
 
 def make_unsigned(model: ir.Model) -> tuple[ir.Model, bool]:
@@ -128,14 +150,16 @@ def _dequantized(node: ir.Node, index: int) -> ir.Node | None:
     return producer if producer is not None and producer.op_type == "DequantizeLinear" else None
 
 
-def _bias_after(node: ir.Node) -> ir.Node | None:
-    """The Add of a constant vector that is the only user of a node, or None."""
+def _bias_after(node: ir.Node, weight: ir.Node) -> ir.Node | None:
+    """The Add of a constant for each output channel that is the only user of a MatMul by ``weight``, or None."""
     users = list(node.outputs[0].uses())
     if len(users) != 1 or users[0].node.op_type != "Add" or node.outputs[0].is_graph_output():
         return None
     other = users[0].node.inputs[1 - users[0].idx]
-    constant = other is not None and other.is_initializer() and other.shape is not None and len(other.shape) == 1
-    return users[0].node if constant else None
+    numbers = weight.inputs[0]
+    if other is None or other.shape is None or not other.is_initializer() or numbers is None or numbers.shape is None:
+        return None
+    return users[0].node if list(other.shape) == [numbers.shape[1]] else None  # the kernel broadcasts nothing
 
 
 def _place(node: ir.Node, value: ir.Value) -> int:
