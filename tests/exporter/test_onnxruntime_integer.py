@@ -12,7 +12,7 @@ from runtimes.errors import DexportError
 from tests.calibration.small import Array, graph, run
 
 RANDOM = np.random.default_rng(6)
-STEP = 0.03  # of the input; some of what is drawn lies beyond 127 of them
+STEP = 0.02  # of the input; some of what is drawn lies beyond 128 of them on both sides, and is cut off alike
 
 
 def normal(*shape: int) -> Array:
@@ -41,6 +41,8 @@ def test_convolutions_are_right_within_one_step_of_their_output(name: str) -> No
     text, shape, sides = CONVOLUTIONS[name]
     weights = {"w": normal(*sides), "b": normal(sides[0])}
     x = normal(*shape)
+    x.flat[::7] *= 4
+    assert x.min() < -129 * STEP and x.max() > 128 * STEP
     expected = run(write(text, weights, {"x": STEP}), {"x": x})["y"]
     step = float(np.abs(expected).max()) / 127
     model, modified = convolve(write(text, weights, {"x": STEP, "y": step}))
@@ -73,6 +75,8 @@ def test_linear_layers_are_right_and_lose_nothing_behind_them(name: str) -> None
     text, shape, behind = MULTIPLICATIONS[name]
     weights = {"w": normal(8, 5), "b": normal(5), "one": normal(1), "m": normal(6, 5)}
     x = normal(*shape)
+    x.flat[::7] *= 4
+    assert x.min() < -129 * STEP and x.max() > 128 * STEP
     expected = run(write(text, weights, {"x": STEP}), {"x": x})["y"]
     model, modified = multiply(write(text, weights, {"x": STEP}))
     assert modified and [node.op_type for node in model.graph] == ["QuantizeLinear", "MatMulIntegerToFloat", *behind]
@@ -118,6 +122,24 @@ def test_the_bias_of_a_silent_channel_is_kept(factor: float) -> None:
         step = float(np.abs(expected).max()) / 127
         model, _ = convolve(write(text, weights, {"x": scale, "y": step}))
         np.testing.assert_allclose(run(model, inputs)["y"], expected, atol=step)
+
+
+def test_a_weight_that_made_room_for_its_bias_is_only_held_more_coarsely() -> None:
+    text = "(float[B,4,4,4] x) => (float[B,5,4,4] y) { y = Conv(x, w, b) }"
+    weight = normal(5, 4, 1, 1)
+    weight[2] *= np.float32(1e-6)
+    bias = np.full(5, 0.3, np.float32)
+    bias[2] = 2**33 * STEP * np.abs(weight[2]).max() / 127  # four times too much
+    model, _ = convolve(write(text, {"w": weight, "b": bias}, {"x": STEP, "y": float(bias[2]) / 127}))
+    (node,) = (node for node in model.graph if node.op_type == "QLinearConv")
+    held = {index: node.inputs[index].const_value.numpy() for index in (3, 4, 8)}
+    numbers, scale = held[3].reshape(5, 4).astype(np.float64), held[4].astype(np.float64)
+    plain = np.abs(weight).max((1, 2, 3)) / 127
+    np.testing.assert_allclose(scale[[0, 1, 3, 4]], plain[[0, 1, 3, 4]], rtol=1e-6)
+    assert 4 * plain[2] < scale[2] < 10 * plain[2]
+    # It is rounded twice: to its own steps, then to coarser ones.
+    assert np.abs(numbers[2] * scale[2] - weight[2].ravel()).max() <= 0.501 * (scale[2] + plain[2])
+    np.testing.assert_allclose(held[8] * STEP * scale, bias, atol=STEP * scale.max(), rtol=1e-6)
 
 
 def test_a_convolution_without_the_range_of_its_output_is_refused_by_name() -> None:
