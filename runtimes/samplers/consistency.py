@@ -108,7 +108,7 @@ def trigflow(config: Config, ask: Ask) -> Table:
     """Multistep sampling of sCM, https://arxiv.org/abs/2410.11081, section 3 and algorithm 2.
 
     x = cos(t) x_0 + sin(t) z, z of the deviation sigma_data, and the model gives F with x_0 = cos(t) x - sin(t) F.
-    As in diffusers the caller's start has that deviation.
+    x_0 has that deviation too: what it is made of, and made into, is multiplied and divided by it outside of the loop.
     """
     if ask.steps > config["num_train_timesteps"]:
         raise DexportError(f"steps must be at most {config['num_train_timesteps']}, not {ask.steps}")
@@ -123,7 +123,7 @@ def trigflow(config: Config, ask: Ask) -> Table:
     for t, to in list(pairwise(times.tolist()))[ask.begin :]:
         x = cos(to) * (cos(t) * X - sin(t) * M) + sin(to) * data * Z
         rows.append(row(t, x, level=(cos(t), sin(t) * data)))
-    return Table(tuple(rows), 1.0)
+    return Table(tuple(rows), data)
 
 
 def _angles(timesteps: Any) -> schedule.Floats:
