@@ -331,8 +331,8 @@ def compile_(
 )
 @click.option("--image", "image_file", type=FOLDER, help="Start from this picture instead of noise.")
 @click.option(
-    "--strength", type=click.FloatRange(0, 1, min_open=True), default=0.8, show_default=True,
-    help="How much of the picture of --image may change.",
+    "--strength", type=click.FloatRange(0, 1, min_open=True),
+    help="How much of the picture of --image may change. [default: 0.8]",
 )  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Image i has SEED + i.")
 @click.option("--images", type=click.IntRange(1), default=1, show_default=True, help="Images for each prompt.")

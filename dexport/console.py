@@ -112,7 +112,7 @@ def open_image(file: Path) -> Image:
             image.load()
             return image.copy()
     except Image.DecompressionBombError as error:
-        raise DexportError(f"{file}: too many pixels; make it smaller") from error
+        raise DexportError(f"{file}: the picture is too large; make it smaller") from error
     except (UnidentifiedImageError, OSError) as error:
         why = getattr(error, "strerror", None) or "not a picture that can be read"
         raise DexportError(f"{file}: {why}") from error

@@ -23,7 +23,7 @@ def plot(found: Mapping[str, Any], file: Path | str) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    rows = found["rows"]
+    rows = [row for row in found["rows"] if row["calls"]]
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     noise, times = figure.subplots(1, 2)
     steps = [(index, row["sigma"]) for index, row in enumerate(rows) if row["sigma"]]

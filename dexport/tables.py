@@ -87,21 +87,27 @@ def times(found: Mapping[str, Any]) -> None:
 
 
 def rows(found: Mapping[str, Any]) -> None:
-    """A sampler's table: a line for each call of the model, columns that never change left out."""
-    from runtimes.samplers.describe import formula
+    """A sampler's table: a line for each row, columns that never change left out."""
+    from runtimes.samplers.describe import formula, spread
 
     title = f"{found['sampler']}, {found['steps']} steps, X starts as {found['init_scale']:.6g} x noise"
+    if found["calls"] < len(found["rows"]):
+        title += f", {found['calls']} calls of the model"
     lines = []
     for row in found["rows"]:
         h0 = formula(row["H0"]) if row["H0"] else ""
-        if row["clip"] is not None:
+        if row["threshold"]:
+            h0 += f", scaled to 1 from its quantile {row['threshold']:g} (at most {row['clip']:g})"
+        elif row["clip"] is not None:
             h0 += f", within {row['clip']:g}"
         saved = formula(row["S"]) if row["S"] != {"S": 1.0} else ""
         sigma = f"{row['sigma']:.4g}" if row["sigma"] is not None else ""
-        lines.append(
-            (f"{row['t']:g}", sigma, f"{row['scale']:.4g}", h0, formula(row["X"]), saved, "yes" * row["shift"])
-        )
-    heads = ("t", "sigma", "model gets X times", "H0 becomes", "X becomes", "S becomes", "history shifts")
+        scale = f"{row['scale']:.4g}" if row["calls"] else "no call"
+        learned = spread(row["deviation"]) if row["deviation"] else ""
+        lines.append((f"{row['t']:g}", sigma, scale, h0, formula(row["X"]), learned, saved, "yes" * row["shift"]))
+    heads = (
+        "t", "sigma", "model gets X times", "H0 becomes", "X becomes", "Z's deviation", "S becomes", "history shifts",
+    )  # fmt: skip
     used = [index for index in range(len(heads)) if any(line[index] for line in lines)]
     print_table([heads[index] for index in used], [[line[index] for index in used] for line in lines], title)
 

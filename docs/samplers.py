@@ -13,7 +13,7 @@ from pathlib import Path
 import diffusers.schedulers
 from diffusers import SchedulerMixin
 
-from runtimes.samplers import CLASSES, NAMES, REFUSED, names
+from runtimes.samplers import CLASSES, NAMES, REFUSED, kinds
 
 PAGE = Path(__file__).with_name("samplers.md")
 EXCEPT = {
@@ -46,6 +46,9 @@ whose class can space its sigmas so. The classes of diffusers are names too. Bey
 `eta` (DDIM: 0 to 1; TCD: its gamma), `tau` (SA-Solver) and `use_clipped_model_output` (DDIM), which there are arguments
 of methods.
 
+A model can be sampled only by what speaks its language: how its timesteps are told and what it predicts. A sampler for
+another kind of model than the checkpoint's is refused; the [kinds](#kinds-of-models) are below.
+
 This page is written by `python docs/samplers.py`; a test holds it to the code.
 
 ## Names
@@ -54,6 +57,18 @@ This page is written by `python docs/samplers.py`; a test holds it to the code.
 |---|---|---|
 """
 STATES = """
+## Kinds of models
+
+The kind is read from the checkpoint's own scheduler: its class and, for those that serve two kinds, `use_flow_sigmas`
+(flow matching) and `timestep_type`. Each class fits the models of its kind, and `use_flow_sigmas` in a checkpoint's
+config makes its names fit flow matching. With a model that was distilled for few steps alone these draw well:
+{distilled}. These need an image to start from:
+{inverse}.
+
+| the model is | names | further classes |
+|---|---|---|
+{kinds}
+
 ## Classes
 
 "exact" is: the whole linear map, from start noise, outputs of the model and fresh noise to every step's sample, is that
@@ -93,12 +108,25 @@ def every_class() -> list[str]:
 
 def state(name: str) -> str:
     """What can be said of a class in a line."""
-    refused = {**REFUSED, **names.REFUSED}
-    if name in refused:
-        return f"refused: {refused[name]}"
+    if name in REFUSED:
+        return f"refused: {REFUSED[name]}"
     if name not in CLASSES:
         return "unknown"
     return f"exact but for {EXCEPT[name]}" if name in EXCEPT else "exact"
+
+
+def kinds_of_models() -> list[str]:
+    """A line for each kind of model: the names for it, and its classes that have no name."""
+    kind = {name: kinds.OTHERS.get(name, "diffusion") for name in CLASSES}
+    named = {scheduler for scheduler, _ in NAMES.values()}
+    lines = []
+    for which, words in kinds.KINDS.items():
+        names = [f"`{name}`" for name, (scheduler, _) in NAMES.items() if kind[scheduler] == which]
+        others = sorted(name for name in CLASSES if kind[name] == which and name not in named)
+        if which == "continuous":
+            others = ["EulerDiscreteScheduler with these options"]
+        lines.append(f"| {words} | {', '.join(names)} | {', '.join(others)} |")
+    return lines
 
 
 def page() -> str:
@@ -108,8 +136,11 @@ def page() -> str:
         for name, (kind, options) in NAMES.items()
     ]
     classes = [f"| {name} | {state(name)} |" for name in every_class()]
-    version = diffusers.__version__
-    return HEAD + "\n".join(named) + "\n" + STATES.format(version=version) + "\n".join(classes) + "\n" + TAIL
+    states = STATES.format(
+        version=diffusers.__version__, kinds="\n".join(kinds_of_models()), distilled=", ".join(kinds.DISTILLED),
+        inverse=", ".join(kinds.INVERSE),
+    )  # fmt: skip
+    return HEAD + "\n".join(named) + "\n" + states + "\n".join(classes) + "\n" + TAIL
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def to_array(image: Image.Image, size: tuple[int, int]) -> NDArray[np.float32]:
     if image.mode.startswith("I;16"):  # convert would cut off all but the darkest 256th
         image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise DexportError(f"a picture of mode {image.mode}, whose white is not known; save it with 8 or 16 bits")
+        raise DexportError(f"a picture of mode {image.mode}, whose white is not known; save it as an 8-bit picture")
     rgba = image.convert("RGBA")
     flat = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     fitted = ImageOps.fit(flat, (size[1], size[0]), Image.Resampling.LANCZOS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache as memoize
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,8 @@ MOST_IMAGES = 4096  # in one call
 LONGEST_SIDE = 16384  # pixels
 SHOWN = 80  # characters of a prompt in a warning
 
+STRENGTH = 0.8
+
 
 @dataclass(frozen=True)
 class Request:
@@ -45,7 +48,7 @@ class Request:
     sampler: str | None = None
     size: tuple[int, int] | None = None  # height and width in pixels, where the bundle is of dynamic shape
     image: Image.Image | None = None  # start from this picture, made noisy by ``strength``
-    strength: float = 0.8  # 0 to 1: the part of the steps that is made of a picture
+    strength: float | None = None  # 0 to 1: the part of the steps that is made of a picture; STRENGTH if None
     guidance_batch: Batching = "batched"  # with and without prompt in one call, or in two that need less memory
 
 
@@ -117,9 +120,8 @@ class Pipeline:
         request = self._checked(request)
         stage = self.model.stages[0]
         steps = request.steps or stage.steps
-        table = samplers.compile_table(
-            stage.scheduler, steps, sampler=request.sampler, begin=_first_step(request, steps)
-        )
+        config = samplers.pick(stage.scheduler, request.sampler, image=request.image is not None)
+        table = samplers.compile_table(config, steps, begin=_first_step(request, steps))
         table = guidance.plan(table, self._scale(request), request.guidance_interval)
         count = len(request.prompts) * request.images
         shape = self.sample_shape(request)
@@ -195,15 +197,19 @@ class Pipeline:
             raise DexportError(f"steps must be 1 or more, not {request.steps}")
         if request.seed < 0:
             raise DexportError(f"a seed must be 0 or more, not {request.seed}")
-        for name in ("guidance_rescale", "strength"):
-            if not isinstance(getattr(request, name), (int, float)):
-                raise DexportError(f"{name} must be a number, not {getattr(request, name)!r:.80}")
+        strength: Any = STRENGTH if request.strength is None else request.strength
+        rescale: Any = request.guidance_rescale
+        for name, value in (("guidance_rescale", rescale), ("strength", strength)):
+            if not isinstance(value, Real):
+                raise DexportError(f"{name} must be a number, not {value!r:.80}")
         if request.image is not None and not isinstance(request.image, Image.Image):
             raise DexportError(f"image must be a picture (PIL.Image.open gives one), not {request.image!r:.80}")
-        if not 0 <= request.guidance_rescale <= 1:
-            raise DexportError(f"guidance_rescale must be a number from 0 to 1, not {request.guidance_rescale}")
-        if not 0 < request.strength <= 1:
-            raise DexportError(f"strength must be above 0 and at most 1, not {request.strength}")
+        if not 0 <= rescale <= 1:
+            raise DexportError(f"guidance_rescale must be a number from 0 to 1, not {rescale}")
+        if not 0 < strength <= 1:
+            raise DexportError(f"strength must be above 0 and at most 1, not {strength}")
+        if request.strength is not None and request.image is None:
+            raise DexportError("strength is how much of a picture may change; give --image too, or leave it out")
         if len(request.prompts) * request.images > MOST_IMAGES:
             count = f"{len(request.prompts)} x {request.images}"
             raise DexportError(f"{count} images are too many for one call; ask for {MOST_IMAGES} at most")
@@ -270,14 +276,14 @@ class Pipeline:
             "negative_prompt": request.negative_prompt,
             "seed": request.seed + index,
             "steps": request.steps or stage.steps,
-            "guidance": self._scale(request),
+            "guidance": _plain(self._scale(request)),
             "sampler": request.sampler or stage.scheduler["_class_name"],
         }
-        for name, default in (("guidance_interval", (0.0, 1.0)), ("guidance_rescale", 0.0)):
-            if (value := getattr(request, name)) != default:
+        for name, default in (("guidance_interval", [0.0, 1.0]), ("guidance_rescale", 0.0)):
+            if (value := _plain(getattr(request, name))) != default:
                 settings[name] = value
         if request.image is not None:
-            settings["strength"] = request.strength
+            settings["strength"] = _plain(_strength(request))
         if self.manifest is not None:
             settings |= {"target": self.manifest.target, "precision": self.manifest.precision}
         return settings
@@ -287,10 +293,20 @@ def _first_step(request: Request, steps: int) -> int:
     """The step that a picture starts at, as in diffusers: int(strength * steps) steps are made."""
     if request.image is None:
         return 0
-    made = min(int(steps * request.strength), steps)
+    strength = _strength(request)
+    made = min(int(steps * strength), steps)
     if not made:
-        raise DexportError(f"a strength of {request.strength:g} leaves none of {steps} steps; raise one of them")
+        raise DexportError(f"a strength of {strength:g} leaves none of {steps} steps; raise one of them")
     return steps - made
+
+
+def _strength(request: Request) -> float:
+    return STRENGTH if request.strength is None else float(request.strength)
+
+
+def _plain(numbers: Any) -> Any:
+    """A float or a list of them, which JSON knows, for whatever holds numbers."""
+    return np.asarray(numbers, np.float64).tolist()
 
 
 def _short(words: str) -> str:

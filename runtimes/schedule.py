@@ -276,9 +276,19 @@ def respace(config: Config, sigmas: Floats, ask: Ask) -> Floats | None:
     if len(wanted) > 1:
         raise DexportError(f"{' and '.join(wanted)} exclude each other; set one of them")
     _no_list(wanted[0], ask)
-    low, high = config.get("sigma_min"), config.get("sigma_max")
-    low = float(sigmas[-1]) if low is None else low
-    return RESPACINGS[wanted[0]](low, float(sigmas[0]) if high is None else high, ask.steps)
+    own = config.get("sigma_min"), config.get("sigma_max")
+    low, high = (
+        float(end) if given is None else given for given, end in zip(own, (sigmas[-1], sigmas[0]), strict=True)
+    )
+    if own != (None, None):  # else of one sigma both ends are it, and those of an inverted schedule rise
+        rising(low, high)
+    return RESPACINGS[wanted[0]](low, high, ask.steps)
+
+
+def rising(low: float, high: float) -> None:
+    """Raise DexportError for a range of sigmas that is empty or reversed."""
+    if low >= high:
+        raise DexportError(f"sigma_min must be below sigma_max, not {low:g} and {high:g}")
 
 
 def karras(low: float, high: float, steps: int, rho: float = KARRAS_RHO) -> Floats:

@@ -35,7 +35,8 @@ class Row:
     dynamic thresholding, https://arxiv.org/abs/2205.11487, section 2.3; ``clip`` then is the largest threshold.
     deviation: () for Z of unit variance, or (a, b, power), by which Z is of the deviation exp(a + b V) V^power.
     known: () or the factors of a known image and of Z, as noisy as the sample is after the row. calls: whether the
-    model is called; M is 0 where it is not.
+    model is called; M is 0 where it is not. level: () or, where the row begins a step, the factors of signal and noise
+    in the sample before it.
     guidance: the scale of guidance at this call, which the model, not the loop, applies; at most 1: none.
     """
 
@@ -59,20 +60,21 @@ class Row:
     deviation: tuple[float, ...] = ()
     known: tuple[float, ...] = ()
     calls: bool = True
+    level: tuple[float, ...] = ()
     guidance: float = 1.0
 
 
 @dataclass(frozen=True)
 class Table:
-    """A compiled sampler, whose loop starts from noise of unit variance: X = init_scale * noise.
-
-    mix: where it starts from an image instead, X = mix[0] * (the encoded image) + mix[1] * noise, as noisy as the first
-    row expects it.
-    """
+    """A compiled sampler, whose loop starts from noise of unit variance: X = init_scale * noise."""
 
     rows: tuple[Row, ...]
     init_scale: float
-    mix: tuple[float, float]
+
+    @property
+    def mix(self) -> tuple[float, ...]:
+        """Where it starts from an image instead, X = mix[0] * (the encoded image) + mix[1] * noise."""
+        return self.rows[0].level
 
 
 class Form:
@@ -117,6 +119,7 @@ def row(
     deviation: tuple[float, ...] = (),
     known: tuple[float, ...] = (),
     calls: bool = True,
+    level: tuple[float, ...] = (),
 ) -> Row:
     """Write a row: X' = x, H0 = clip(h), S' = s (kept by default), the model called at ``t`` with scale * X.
 
@@ -130,4 +133,5 @@ def row(
     return Row(
         float(t), float(scale), h_x, h_m, float(clip), float(threshold),
         x_x, x_s, x_m, tuple(x_h), x_z, s_x, s_s, s_m, tuple(s_h), s_z, shift, deviation, known, calls,
+        tuple(map(float, level)),
     )  # fmt: skip

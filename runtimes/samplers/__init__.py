@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from runtimes import schedule
 from runtimes.errors import DexportError
 from runtimes.samplers import (
     consistency,
@@ -30,6 +31,7 @@ from runtimes.samplers import (
     flow,
     flow_other,
     heun,
+    kinds,
     lms,
     names,
     pndm,
@@ -43,7 +45,9 @@ from runtimes.samplers.sampler import OneOf, Sampler, resolve
 from runtimes.schedule import Ask
 from runtimes.table import Row, Table
 
-__all__ = ["CLASSES", "NAMES", "REFUSED", "OneOf", "Row", "Table", "choose", "compile_table", "default_of"]
+__all__ = [
+    "CLASSES", "NAMES", "REFUSED", "OneOf", "Row", "Table", "choose", "compile_table", "default_of", "find", "pick",
+]  # fmt: skip
 
 CLASSES: Mapping[str, Sampler] = {
     **ddim.CLASSES,
@@ -68,7 +72,7 @@ CLASSES: Mapping[str, Sampler] = {
 }
 """The samplers by the diffusers class that each stands for."""
 
-REFUSED: Mapping[str, str] = {**flow_other.REFUSED}
+REFUSED: Mapping[str, str] = {**names.REFUSED, **flow_other.REFUSED}
 """Classes of diffusers that no table can stand for, with the reason."""
 
 
@@ -98,7 +102,7 @@ def compile_table(
     DDIM and TCD.
     Raises DexportError for an unknown sampler and for an option that is not supported at its value.
     """
-    name, overrides = _find(sampler or scheduler.get("_class_name"))
+    name, overrides = find(scheduler.get("_class_name") if sampler is None else sampler)
     found = CLASSES[name]
     config = resolve(name, found, {**scheduler, **overrides})
     if type(steps) is not int or steps < 1:
@@ -106,8 +110,8 @@ def compile_table(
     if steps > MOST_STEPS:
         raise DexportError(f"{steps} steps are too many; {MOST_STEPS} is the most, and no model needs as many")
     low, high = config.get("sigma_min"), config.get("sigma_max")
-    if low is not None and high is not None and not low < high:
-        raise DexportError(f"sigma_min must be below sigma_max, not {low:g} and {high:g}")
+    if low is not None and high is not None:
+        schedule.rising(low, high)
     if not 0 <= begin < steps:
         raise DexportError(f"the first step must lie between 0 and {steps - 1}, not {begin}")
     if timesteps is not None and len(timesteps) != steps:
@@ -148,10 +152,9 @@ def compile_table(
     return table
 
 
-def _find(name: Any) -> tuple[str, dict[str, Any]]:
-    if isinstance(name, str) and name in REFUSED:
-        raise DexportError(f"{name} is not supported: {REFUSED[name]}")
-    return names.find(name, CLASSES)
+def find(name: Any) -> tuple[str, dict[str, Any]]:
+    """Return the diffusers class that ``name`` means and the options that it implies; DexportError if none."""
+    return names.find(name, CLASSES, REFUSED)
 
 
 def _cutoff(config: Mapping[str, Any], share: float) -> int:
@@ -165,16 +168,31 @@ def _finite(row: Row) -> bool:
     return all(math.isfinite(number) for value in values for number in (value if isinstance(value, tuple) else [value]))
 
 
-def choose(scheduler: Mapping[str, Any], sampler: str | None) -> dict[str, Any]:
+def pick(scheduler: Mapping[str, Any], sampler: str | None, *, image: bool) -> dict[str, Any]:
     """Return a scheduler config with ``sampler`` in place of its own solver, or as it is for None.
 
-    Raises DexportError, listing what there is, if the sampler or an option of the config is not supported.
+    image: whether there is one to start from. Raises DexportError for a sampler that there is none of, that is for
+    another kind of model than the config's, or that needs an image.
     """
     config = dict(scheduler)
-    if sampler:
-        name, overrides = _find(sampler)
+    if sampler is not None:
+        name, overrides = find(sampler)
         config |= {"_class_name": name, **overrides}
-    name, overrides = _find(config.get("_class_name"))
+        try:
+            own, _ = find(scheduler.get("_class_name"))
+        except DexportError:
+            own = name  # a class that we do not know: whoever names another for its model knows better
+        kinds.check(own, scheduler, name, config, CLASSES)
+    name, _ = find(config.get("_class_name"))
+    if name in kinds.INVERSE and not image:
+        raise DexportError(f"{name} goes from an image to noise: run it with --image, or take another sampler")
+    return config
+
+
+def choose(scheduler: Mapping[str, Any], sampler: str | None) -> dict[str, Any]:
+    """As ``pick`` for a bundle, which must draw without an image; also refuses options that are not supported."""
+    config = pick(scheduler, sampler, image=sampler is None)
+    name, overrides = find(config.get("_class_name"))
     dynamic = resolve(name, CLASSES[name], {**config, **overrides}).get("use_dynamic_shifting")
     # A shift by resolution is known when there is one; any does here.
     compile_table(config, 1, mu=1.0 if dynamic and "mu" in CLASSES[name].takes else None)

@@ -34,8 +34,8 @@ def lcm(config: Config, ask: Ask) -> Table:
         x = out * H0 + skip * X
         if to is not None:
             x = sqrt(bars[to]) * x + sqrt(1 - bars[to]) * Z
-        rows.append(row(t, x, h=x0, **bounds(config)))
-    return Table(tuple(rows), 1.0, noised(bars, rows))
+        rows.append(row(t, x, h=x0, level=noised(a), **bounds(config)))
+    return Table(tuple(rows), 1.0)
 
 
 def tcd(config: Config, ask: Ask) -> Table:
@@ -55,8 +55,8 @@ def tcd(config: Config, ask: Ask) -> Table:
         x = sqrt(c) * x0 + sqrt(1 - c) * eps
         if eta and t != times[-1]:
             x = sqrt(b / c) * x + sqrt(1 - b / c) * Z
-        rows.append(row(t, x))
-    return Table(tuple(rows), 1.0, noised(bars, rows))
+        rows.append(row(t, x, level=noised(a)))
+    return Table(tuple(rows), 1.0)
 
 
 def distilled(config: Config, ask: Ask) -> list[int]:
@@ -99,15 +99,16 @@ def consistency(config: Config, ask: Ask) -> Table:
         out = (sigma - low) * data / sqrt(sigma**2 + data**2)
         renoised = H0 + config["s_noise"] * sqrt(max(to**2 - low**2, 0.0)) * Z
         clip = 1.0 if config["clip_denoised"] else inf
-        rows.append(row(t, renoised, scale=1 / sqrt(sigma**2 + data**2), h=out * M + skip * X, clip=clip))
-    return Table(tuple(rows), float(high), (1.0, sigmas[ask.begin]))
+        scale, level = 1 / sqrt(sigma**2 + data**2), (1.0, sigma)
+        rows.append(row(t, renoised, scale=scale, h=out * M + skip * X, clip=clip, level=level))
+    return Table(tuple(rows), float(high))
 
 
 def trigflow(config: Config, ask: Ask) -> Table:
     """Multistep sampling of sCM, https://arxiv.org/abs/2410.11081, section 3 and algorithm 2.
 
     x = cos(t) x_0 + sin(t) z, z of the deviation sigma_data, and the model gives F with x_0 = cos(t) x - sin(t) F.
-    As in diffusers the caller's start has that deviation.
+    x_0 has that deviation too: what it is made of, and made into, is multiplied and divided by it outside of the loop.
     """
     if ask.steps > config["num_train_timesteps"]:
         raise DexportError(f"steps must be at most {config['num_train_timesteps']}, not {ask.steps}")
@@ -120,8 +121,9 @@ def trigflow(config: Config, ask: Ask) -> Table:
     times = times.astype(np.float32).astype(np.float64)
     data, rows = config["sigma_data"], []
     for t, to in list(pairwise(times.tolist()))[ask.begin :]:
-        rows.append(row(t, cos(to) * (cos(t) * X - sin(t) * M) + sin(to) * data * Z))
-    return Table(tuple(rows), 1.0, (cos(rows[0].t), sin(rows[0].t) * data))
+        x = cos(to) * (cos(t) * X - sin(t) * M) + sin(to) * data * Z
+        rows.append(row(t, x, level=(cos(t), sin(t) * data)))
+    return Table(tuple(rows), data)
 
 
 def _angles(timesteps: Any) -> schedule.Floats:
@@ -148,8 +150,8 @@ def decoder(config: Config, ask: Ask) -> Table:
         x = sigma * data / sqrt(sigma**2 + data**2) * M + data**2 / (sigma**2 + data**2) / sqrt(a) * X
         if to is not None:
             x = sqrt(bars[to]) * x + sqrt(1 - bars[to]) * Z
-        rows.append(row(t, x, scale=1 / sqrt(a * (sigma**2 + data**2))))
-    return Table(tuple(rows), sqrt(1 - bars[DECODER_TIMES[0]]), noised(bars, rows))
+        rows.append(row(t, x, scale=1 / sqrt(a * (sigma**2 + data**2)), level=noised(a)))
+    return Table(tuple(rows), sqrt(1 - bars[DECODER_TIMES[0]]))
 
 
 DECODER_TIMES = (1008, 512)

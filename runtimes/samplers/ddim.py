@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import sqrt
 from typing import Any
 
@@ -12,7 +12,7 @@ from runtimes.errors import DexportError
 from runtimes.samplers.prediction import predict
 from runtimes.samplers.sampler import CLIPPING, COMMON, THRESHOLDING, OneOf, Sampler
 from runtimes.schedule import Ask, Config
-from runtimes.table import H0, H1, Form, Row, Table, X, Z, row
+from runtimes.table import H0, H1, Form, Table, X, Z, row
 
 
 def bounds(config: Config) -> dict[str, Any]:
@@ -35,8 +35,8 @@ def ddim(config: Config, ask: Ask) -> Table:
             eps = (X - sqrt(a) * H0) / sqrt(1 - a)
         sigma = eta * sqrt((1 - b) / (1 - a) * (1 - a / b))
         x = sqrt(b) * H0 + sqrt(max(1 - b - sigma**2, 0.0)) * eps + sigma * Z
-        rows.append(row(t, x, h=x0, **bounds(config)))
-    return Table(tuple(rows), 1.0, noised(bars, rows))
+        rows.append(row(t, x, h=x0, level=noised(a), **bounds(config)))
+    return Table(tuple(rows), 1.0)
 
 
 def final_bar(config: Config, bars: schedule.Floats) -> float:
@@ -44,10 +44,9 @@ def final_bar(config: Config, bars: schedule.Floats) -> float:
     return 1.0 if config["set_alpha_to_one"] else float(bars[0])
 
 
-def noised(bars: schedule.Floats, rows: Sequence[Row]) -> tuple[float, float]:
-    """The factors of image and noise in x_t at the first row's t."""
-    a = bars[int(rows[0].t)]
-    return sqrt(a), sqrt(1 - a)
+def noised(bar: float) -> tuple[float, float]:
+    """The factors of image and noise in x_t, of alpha_bar at t."""
+    return sqrt(bar), sqrt(1 - bar)
 
 
 def ddim_inverse(config: Config, ask: Ask) -> Table:
@@ -57,7 +56,6 @@ def ddim_inverse(config: Config, ask: Ask) -> Table:
     """
     bars, kind, rows = schedule.alpha_bars(config), config["prediction_type"], []
     to_one = config["set_alpha_to_one"] if config["set_alpha_to_zero"] is None else config["set_alpha_to_zero"]
-    mix = []
     for t in schedule.whole(config, ask)[::-1].tolist()[ask.begin :]:
         start = t - config["num_train_timesteps"] // ask.steps
         a, b = bars[start] if start >= 0 else 1.0 if to_one else bars[0], bars[t]
@@ -67,9 +65,9 @@ def ddim_inverse(config: Config, ask: Ask) -> Table:
                 "set set_alpha_to_one to False"
             )
         x0, eps = predict(kind, sqrt(a), sqrt(1 - a))
-        rows.append(row(t, sqrt(b) * H0 + sqrt(1 - b) * eps, h=x0, **bounds(config)))
-        mix.append((sqrt(a), sqrt(1 - a)) if start >= 0 else (1.0, 0.0))
-    return Table(tuple(rows), 1.0, mix[0])
+        level = noised(a) if start >= 0 else (1.0, 0.0)
+        rows.append(row(t, sqrt(b) * H0 + sqrt(1 - b) * eps, h=x0, level=level, **bounds(config)))
+    return Table(tuple(rows), 1.0)
 
 
 def cogvideox_ddim(config: Config, ask: Ask) -> Table:
@@ -93,9 +91,9 @@ def cogvideox_dpm(config: Config, ask: Ask) -> Table:
             slope = (_lambda(b) - _lambda(a)) / (2 * (_lambda(a) - _lambda(before)))
             data = H0 + slope * (H0 - H1)
         x = sqrt((1 - b) / (1 - a) * decay) * X + sqrt(b) * (1 - decay) * data + sqrt((1 - b) * (1 - decay)) * Z
-        rows.append(row(t, x, h=x0, shift=True))
+        rows.append(row(t, x, h=x0, shift=True, level=noised(a)))
         before = a
-    return Table(tuple(rows), 1.0, noised(bars, rows))
+    return Table(tuple(rows), 1.0)
 
 
 def _lambda(bar: float) -> float:

@@ -28,7 +28,7 @@ def ddpm(config: Config, ask: Ask) -> Table:
     for t, to in pairwise([*schedule.whole(config, ask).tolist()[ask.begin :], -1]):
         a, b = bars[t], bars[to] if to >= 0 else 1.0
         rows.append(_posterior(config, t, a, b, a / b, 1 - a / b))
-    return Table(tuple(rows), 1.0, noised(bars, rows))
+    return Table(tuple(rows), 1.0)
 
 
 def unclip(config: Config, ask: Ask) -> Table:
@@ -44,7 +44,7 @@ def unclip(config: Config, ask: Ask) -> Table:
         if to == t - 1:
             alpha, beta = float(np.float32(1) - betas[t]), float(betas[t])
         rows.append(_posterior(config, t, a, b, alpha, beta))
-    return Table(tuple(rows), 1.0, noised(bars, rows))
+    return Table(tuple(rows), 1.0)
 
 
 def _posterior(config: Config, t: int, a: float, b: float, alpha: float, beta: float) -> Row:
@@ -53,17 +53,18 @@ def _posterior(config: Config, t: int, a: float, b: float, alpha: float, beta: f
     "learned_range" is https://arxiv.org/abs/2102.09672, formula 15, with (V + 1) / 2 for its v.
     """
     x0, _ = predict(config["prediction_type"], sqrt(a), sqrt(1 - a))
+    kept: dict[str, Any] = {"h": x0, "level": noised(a), **bounds(config)}
     x = sqrt(b) * beta / (1 - a) * H0 + sqrt(alpha) * (1 - b) / (1 - a) * X
     if t == 0:
-        return row(t, x, h=x0, **bounds(config))
+        return row(t, x, **kept)
     smallest, kind = max((1 - b) / (1 - a) * beta, MINIMAL_VARIANCE), config["variance_type"]
     if kind == "learned":
-        return row(t, x + Z, h=x0, deviation=(0.0, 0.0, 0.5), **bounds(config))
+        return row(t, x + Z, deviation=(0.0, 0.0, 0.5), **kept)
     if kind == "learned_range":
         low, high = math.log(smallest), math.log(beta)
-        return row(t, x + Z, h=x0, deviation=((high + low) / 4, (high - low) / 4, 0.0), **bounds(config))
+        return row(t, x + Z, deviation=((high + low) / 4, (high - low) / 4, 0.0), **kept)
     variance = beta if kind in ("fixed_large", "fixed_large_log") else smallest
-    return row(t, x + sqrt(variance) * Z, h=x0, **bounds(config))
+    return row(t, x + sqrt(variance) * Z, **kept)
 
 
 def wuerstchen(config: Config, ask: Ask) -> Table:
@@ -81,8 +82,8 @@ def wuerstchen(config: Config, ask: Ask) -> Table:
         x = (X - (1 - alpha) / sqrt(1 - a) * M) / sqrt(alpha)
         if len(rows) < len(times) - 2 - ask.begin:
             x = x + sqrt((1 - alpha) * (1 - b) / (1 - a)) * Z
-        rows.append(row(t, x))
-    return Table(tuple(rows), 1.0, (sqrt(levels[ask.begin]), sqrt(1 - levels[ask.begin])))
+        rows.append(row(t, x, level=noised(a)))
+    return Table(tuple(rows), 1.0)
 
 
 def _cosine(config: Config, t: float) -> float:

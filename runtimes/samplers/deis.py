@@ -44,8 +44,8 @@ def deis(config: Config, ask: Ask) -> Table:
         x = alpha_to / alpha * X
         for weight, form in zip(weights, past, strict=False):
             x = x + alpha_to * weight * form
-        rows.append(row(times[index], x, **kept))
-    return Table(tuple(rows), 1.0, schedule.level(config, float(sigmas[ask.begin])))
+        rows.append(row(times[index], x, level=(alpha, sigma), **kept))
+    return Table(tuple(rows), 1.0)
 
 
 def _weights(nodes: Sequence[float], to: float) -> Sequence[float]:

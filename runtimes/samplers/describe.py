@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from runtimes.errors import DexportError
 from runtimes.manifest import Model, from_json
 from runtimes.table import Row
 
+ROUNDING = 1e-12  # of the largest term: what is smaller is what a difference of equals left
 REGISTERS = ("X", "S", "M", "H0", "H1", "H2", "H3", "Z")
 
 
@@ -19,29 +20,23 @@ def describe(name: str, *, steps: int = 20, source: Path | str | None = None) ->
     """Compile the sampler ``name`` and return, ready for JSON::
 
         {"sampler": diffusers class, "steps", "calls", "init_scale",
-         "rows": [{"t", "sigma", "scale", "H0", "clip", "threshold", "X", "S", "shift"}]}
+         "rows": [{"t", "sigma", "calls", "scale", "H0", "clip", "threshold", "X", "S", "shift", "deviation"}]}
 
-    H0, X and S are what the registers become, as sums by register: {"X": 0.98, "M": -0.1}. sigma is the ratio of
-    noise to signal at a step's first call; None at its others, and where there is no signal. source: a checkpoint, hub,
-    bundle or scheduler_config.json whose schedule is taken; the defaults of the class for None.
+    H0, X and S are what the registers become, as sums by register: {"X": 0.98, "M": -0.1}, without terms that are
+    rounding noise. sigma is the ratio of noise to signal at a step's first call; None at its others, and where there is
+    no signal. calls: whether the row calls the model; above it is how many do. clip and threshold bound H0, deviation
+    is Z's where the model learned it: see runtimes.table. source: a checkpoint, hub, bundle or scheduler_config.json
+    whose schedule is taken; the defaults of the class for None.
     Raises DexportError for an unknown sampler, wrong steps, and a source that has no schedule.
     """
     scheduler = {} if source is None else scheduler_of(Path(source))
     table = samplers.compile_table(scheduler, steps, sampler=name)
-    rows = [_row(row) for row in table.rows]
-    for begin in range(steps):
-        try:
-            later = samplers.compile_table(scheduler, steps, sampler=name, begin=begin)
-        except DexportError:
-            break  # fewer steps than asked for: a schedule may leave some out
-        signal, noise = later.mix
-        rows[len(rows) - len(later.rows)]["sigma"] = noise / signal if signal else None
     return {
-        "sampler": samplers.names.find(name, samplers.CLASSES)[0],
+        "sampler": samplers.find(name)[0],
         "steps": steps,
         "calls": sum(row.calls for row in table.rows),
         "init_scale": table.init_scale,
-        "rows": rows,
+        "rows": [_row(row) for row in table.rows],
     }
 
 
@@ -65,9 +60,11 @@ def scheduler_of(path: Path) -> dict[str, Any]:
 
 
 def _row(row: Row) -> dict[str, Any]:
+    signal, noise = row.level or (0.0, 0.0)
     return {
         "t": row.t,
-        "sigma": None,
+        "sigma": noise / signal if signal > 0 else None,  # at SCM's start rounding leaves it just below 0
+        "calls": row.calls,
         "scale": row.scale,
         "H0": _sum((row.h_x, 0.0, row.h_m)),
         "clip": row.clip if math.isfinite(row.clip) else None,
@@ -75,11 +72,13 @@ def _row(row: Row) -> dict[str, Any]:
         "X": _sum((row.x_x, row.x_s, row.x_m, *row.x_h, row.x_z)),
         "S": _sum((row.s_x, row.s_s, row.s_m, *row.s_h, row.s_z)),
         "shift": row.shift,
+        "deviation": row.deviation or None,
     }
 
 
 def _sum(weights: tuple[float, ...]) -> dict[str, float]:
-    return {name: weight for name, weight in zip(REGISTERS, weights, strict=False) if weight}
+    least = ROUNDING * max(map(abs, weights))
+    return {name: weight for name, weight in zip(REGISTERS, weights, strict=False) if abs(weight) > least}
 
 
 def formula(terms: Mapping[str, float]) -> str:
@@ -90,3 +89,11 @@ def formula(terms: Mapping[str, float]) -> str:
         size = abs(weight)
         text += sign + (name if size == 1 else f"{size:.4g} {name}")
     return text or "0"
+
+
+def spread(deviation: Sequence[float]) -> str:
+    """Z's deviation as the model learned it, V being the second half of its output: ``exp(-4.2 + 1.3 V)``."""
+    start, slope, power = deviation
+    if power:
+        return f"V^{power:g}"
+    return f"exp({start:.4g}{' - ' if slope < 0 else ' + '}{abs(slope):.4g} V)"

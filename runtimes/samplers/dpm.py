@@ -38,7 +38,7 @@ def multistep(config: Config, ask: Ask) -> Table:
     check(config)
     times, sigmas = schedule.dpm_sigmas(config, ask)
     levels = [schedule.level(config, float(sigma)) for sigma in sigmas]
-    return Table(follow(config, times, levels, ask), 1.0, levels[ask.begin])
+    return Table(follow(config, times, levels, ask), 1.0)
 
 
 def inverse(config: Config, ask: Ask) -> Table:
@@ -56,7 +56,7 @@ def inverse(config: Config, ask: Ask) -> Table:
     check(config)
     times, sigmas = _rising(config, ask)
     levels = [schedule.level(config, float(sigma)) for sigma in sigmas]
-    return Table(follow(config, times, levels, ask), 1.0, levels[ask.begin])
+    return Table(follow(config, times, levels, ask), 1.0)
 
 
 def ends(config: Config) -> None:
@@ -103,7 +103,8 @@ def follow(config: Config, times: Floats, levels: Sequence[Level], ask: Ask) -> 
         elif bounds:  # of x_0: then eps is made of what is left, and the one before kept in S
             now = (X - alpha * H0) / sigma
             past, kept = [now, S], {"h": x0, "s": now, **bounds}
-        rows.append(row(times[index], advance(config, levels, index, order(config, times, index, ask), past), **kept))
+        x = advance(config, levels, index, order(config, times, index, ask), past)
+        rows.append(row(times[index], x, level=levels[index], **kept))
     return tuple(rows)
 
 

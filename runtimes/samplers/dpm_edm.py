@@ -50,8 +50,9 @@ def _table(config: Config, ask: Ask, times_of: Callable[[Floats], Floats]) -> Ta
         sigma = levels[index][1]
         x = advance(config, levels, index, order(config, times, index, ask), [H0, H1, H2])
         scale = 1 / math.hypot(sigma, config["sigma_data"])
-        rows.append(row(times[index], x, scale=scale, h=x0(config, sigma), shift=True, **threshold(config)))
-    return Table(tuple(rows), math.hypot(high, 1), levels[ask.begin])
+        kept: dict[str, Any] = {"h": x0(config, sigma), "shift": True, **threshold(config)}
+        rows.append(row(times[index], x, scale=scale, level=levels[index], **kept))
+    return Table(tuple(rows), math.hypot(high, 1))
 
 
 def x0(config: Config, sigma: float) -> Form:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import sqrt
+from typing import Any
 
 import numpy as np
 
@@ -29,17 +30,17 @@ def dpm_sde(config: Config, ask: Ask) -> Table:
     for index in range(ask.begin, len(times)):
         sigma, to = float(sigmas[index]), float(sigmas[index + 1])
         if not to:
-            rows.append(_row(config, times[index], sigma, H0))
+            rows.append(_row(config, times[index], sigma, H0, level=(1.0, sigma)))
             continue
         mid = sqrt(sigma * to)
         half, up = _towards(X, H0, sigma, mid)
-        rows.append(_row(config, times[index], sigma, half + up * Z, s=X, shift=True))
+        rows.append(_row(config, times[index], sigma, half + up * Z, s=X, shift=True, level=(1.0, sigma)))
         first = (X - _towards(S, H1, sigma, mid)[0]) / up
         whole, up = _towards(S, H0, sigma, to)
         path = (sqrt(sigma - mid) * first + sqrt(mid - to) * Z) / sqrt(sigma - to)
         t = float(schedule.times_of(np.array([mid]), table)[0])
         rows.append(_row(config, t, mid, whole + up * path))
-    return Table(tuple(rows), initial(config, sigmas), (1.0, float(sigmas[ask.begin])))
+    return Table(tuple(rows), initial(config, sigmas))
 
 
 def _towards(x: Form, x0: Form, sigma: float, to: float) -> tuple[Form, float]:
@@ -48,10 +49,10 @@ def _towards(x: Form, x0: Form, sigma: float, to: float) -> tuple[Form, float]:
     return down / sigma * x + (1 - down / sigma) * x0, up
 
 
-def _row(config: Config, t: float, sigma: float, x: Form, *, s: Form = S, shift: bool = False) -> Row:
+def _row(config: Config, t: float, sigma: float, x: Form, **others: Any) -> Row:
     alpha = 1 / sqrt(sigma**2 + 1)
     x0, _ = predict(config["prediction_type"], alpha, sigma * alpha, alpha * X)
-    return row(t, x, scale=alpha, h=x0, s=s, shift=shift)
+    return row(t, x, scale=alpha, h=x0, **others)
 
 
 CLASSES: Mapping[str, Sampler] = {

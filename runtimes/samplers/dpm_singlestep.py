@@ -52,8 +52,9 @@ def singlestep(config: Config, ask: Ask) -> Table:
         x0, eps = predict(config["prediction_type"], *levels[index])
         start = X if order == 1 else S
         x = _advance(config, levels[index - order + 1 : index + 2], start)
-        rows.append(row(times[index], x, h=x0 if of_data else eps, s=start, shift=True, **threshold(config)))
-    return Table(tuple(rows), 1.0, levels[ask.begin])
+        kept: dict[str, Any] = {"h": x0 if of_data else eps, "s": start, "shift": True, **threshold(config)}
+        rows.append(row(times[index], x, level=levels[index], **kept))
+    return Table(tuple(rows), 1.0)
 
 
 def _orders(config: Config, steps: int) -> Sequence[int]:

@@ -21,8 +21,9 @@ def euler(config: Config, ask: Ask) -> Table:
     rows = []
     for sigma, to in list(pairwise(sigmas.tolist()))[ask.begin :]:
         x = X + (to - sigma) / sigma * (X - x0(config, sigma))
-        rows.append(row(math.log(sigma) / 4, x, scale=1 / math.hypot(sigma, config["sigma_data"])))
-    return Table(tuple(rows), math.hypot(config["sigma_max"], 1), (1.0, float(sigmas[ask.begin])))
+        scale = 1 / math.hypot(sigma, config["sigma_data"])
+        rows.append(row(math.log(sigma) / 4, x, scale=scale, level=(1.0, sigma)))
+    return Table(tuple(rows), math.hypot(config["sigma_max"], 1))
 
 
 def _sigmas(config: Config, steps: int) -> Floats:

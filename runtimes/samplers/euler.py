@@ -20,8 +20,8 @@ def euler(config: Config, ask: Ask) -> Table:
     for t, (sigma, to) in list(zip(times, pairwise(sigmas), strict=True))[ask.begin :]:
         alpha = 1 / sqrt(sigma**2 + 1)
         _, eps = predict(config["prediction_type"], alpha, sigma * alpha, alpha * X)
-        rows.append(row(t, X + (to - sigma) * eps, scale=alpha))
-    return Table(tuple(rows), initial(config, sigmas), (1.0, float(sigmas[ask.begin])))
+        rows.append(row(t, X + (to - sigma) * eps, scale=alpha, level=(1.0, sigma)))
+    return Table(tuple(rows), initial(config, sigmas))
 
 
 def euler_ancestral(config: Config, ask: Ask) -> Table:
@@ -33,8 +33,8 @@ def euler_ancestral(config: Config, ask: Ask) -> Table:
         _, eps = predict(config["prediction_type"], alpha, sigma * alpha, alpha * X)
         up = to * sqrt(sigma**2 - to**2) / sigma
         down = to**2 / sigma  # sqrt(to^2 - up^2)
-        rows.append(row(t, X + (down - sigma) * eps + up * Z, scale=alpha))
-    return Table(tuple(rows), initial(config, sigmas), (1.0, float(sigmas[ask.begin])))
+        rows.append(row(t, X + (down - sigma) * eps + up * Z, scale=alpha, level=(1.0, sigma)))
+    return Table(tuple(rows), initial(config, sigmas))
 
 
 def initial(config: Config, sigmas: schedule.Floats) -> float:

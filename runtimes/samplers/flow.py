@@ -28,15 +28,15 @@ def euler(config: Config, ask: Ask) -> Table:
     if config["stochastic_sampling"]:
         return renewed(config, ask)
     times, sigmas = flow_sigmas(config, ask)
-    rows = [row(t, X + (to - sigma) * M) for t, sigma, to in steps(times, sigmas, ask)]
-    return Table(tuple(rows), 1.0, level(sigmas, ask))
+    rows = [row(t, X + (to - sigma) * M, level=level(sigma)) for t, sigma, to in steps(times, sigmas, ask)]
+    return Table(tuple(rows), 1.0)
 
 
 def renewed(config: Config, ask: Ask) -> Table:
     """Multistep consistency sampling, https://arxiv.org/abs/2303.01469, algorithm 1, on a flow's levels of noise."""
     times, sigmas = flow_sigmas(config, ask)
-    rows = [row(t, (1 - to) * x0(sigma) + to * Z) for t, sigma, to in steps(times, sigmas, ask)]
-    return Table(tuple(rows), 1.0, level(sigmas, ask))
+    rows = [row(t, (1 - to) * x0(sigma) + to * Z, level=level(sigma)) for t, sigma, to in steps(times, sigmas, ask)]
+    return Table(tuple(rows), 1.0)
 
 
 def heun(config: Config, ask: Ask) -> Table:
@@ -47,10 +47,10 @@ def heun(config: Config, ask: Ask) -> Table:
     times, sigmas = flow_sigmas({**HEUN_SCHEDULE, **config}, ask)
     rows: list[Row] = []
     for index, (t, sigma, to) in enumerate(steps(times, sigmas, ask), ask.begin):
-        rows.append(row(t, X + (to - sigma) * M, h=M, s=X))
+        rows.append(row(t, X + (to - sigma) * M, h=M, s=X, level=level(sigma)))
         if to:
             rows.append(row(times[index + 1], S + (to - sigma) / 2 * (H0 + M)))
-    return Table(tuple(rows), 1.0, level(sigmas, ask))
+    return Table(tuple(rows), 1.0)
 
 
 def x0(sigma: float) -> Form:
@@ -63,9 +63,8 @@ def steps(times: Floats, sigmas: Floats, ask: Ask) -> Sequence[tuple[float, floa
     return [(t, *ends) for t, ends in zip(times.tolist(), pairwise(sigmas.tolist()), strict=True)][ask.begin :]
 
 
-def level(sigmas: Floats, ask: Ask) -> tuple[float, float]:
-    """The factors of image and noise at the first step."""
-    sigma = float(sigmas[ask.begin])
+def level(sigma: float) -> tuple[float, float]:
+    """The factors of image and noise at ``sigma``."""
     return 1 - sigma, sigma
 
 

@@ -42,8 +42,8 @@ def euler_ancestral(config: Config, ask: Ask) -> Table:
         if to and eta and amount:
             lacking = to**2 - (down * (1 - to)) ** 2 / ((1 - down) ** 2 + GUARD)
             x = (1 - to) / (1 - down + GUARD) * x + amount * sqrt(max(lacking, 0.0)) * Z
-        rows.append(row(t, x))
-    return Table(tuple(rows), 1.0, level(sigmas, ask))
+        rows.append(row(t, x, level=level(sigma)))
+    return Table(tuple(rows), 1.0)
 
 
 def flow_map(config: Config, ask: Ask) -> Table:
@@ -61,8 +61,10 @@ def flow_map(config: Config, ask: Ask) -> Table:
     else:
         base = np.linspace(1, 0, ask.steps + 1)[:-1]
     sigmas = np.append(fixed_shift({**config, "use_dynamic_shifting": False}, base), 0.0)
-    rows = [row(t, X + (to - sigma) * M) for t, sigma, to in steps(sigmas[:-1] * total, sigmas, ask)]
-    return Table(tuple(rows), 1.0, level(sigmas, ask))
+    rows = [
+        row(t, X + (to - sigma) * M, level=level(sigma)) for t, sigma, to in steps(sigmas[:-1] * total, sigmas, ask)
+    ]
+    return Table(tuple(rows), 1.0)
 
 
 def minimax(config: Config, ask: Ask) -> Table:
@@ -80,15 +82,15 @@ def minimax(config: Config, ask: Ask) -> Table:
     rows = []
     for t, sigma, to in steps(times, sigmas.astype(np.float64), ask):
         data = X + (1 - t) * M  # 1 - t is sigma, rounded twice
-        rows.append(row(t, to / sigma * X + (1 - to / sigma) * data))
-    return Table(tuple(rows), 1.0, (rows[0].t, 1 - rows[0].t))
+        rows.append(row(t, to / sigma * X + (1 - to / sigma) * data, level=(t, 1 - t)))
+    return Table(tuple(rows), 1.0)
 
 
 def helios_euler(config: Config, ask: Ask) -> Table:
     """Euler's method on Helios' schedule of one stage."""
     times, sigmas = _helios_sigmas(config, ask, ask.steps)
-    rows = [row(t, X + (to - sigma) * M) for t, sigma, to in steps(times, sigmas, ask)]
-    return Table(tuple(rows), 1.0, level(sigmas, ask))
+    rows = [row(t, X + (to - sigma) * M, level=level(sigma)) for t, sigma, to in steps(times, sigmas, ask)]
+    return Table(tuple(rows), 1.0)
 
 
 def helios_distilled(config: Config, ask: Ask) -> Table:
@@ -97,8 +99,8 @@ def helios_distilled(config: Config, ask: Ask) -> Table:
         raise DexportError("HeliosDMDScheduler needs the noise of its start; begin at the first step")
     times, sigmas = _helios_sigmas(config, ask, ask.steps + 1)
     times, sigmas = times[:-1], np.delete(sigmas, -2)
-    rows = [row(t, (1 - to) * x0(sigma) + to * S) for t, sigma, to in steps(times, sigmas, ask)]
-    return Table(tuple(rows), 1.0, level(sigmas, ask))
+    rows = [row(t, (1 - to) * x0(sigma) + to * S, level=level(sigma)) for t, sigma, to in steps(times, sigmas, ask)]
+    return Table(tuple(rows), 1.0)
 
 
 def _helios_sigmas(config: Config, ask: Ask, count: int) -> tuple[Floats, Floats]:

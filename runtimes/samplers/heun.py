@@ -30,7 +30,9 @@ def heun(config: Config, ask: Ask) -> Table:
     for index in range(ask.begin, len(times)):
         sigma, to = sigmas[index], sigmas[index + 1]
         slope = (X - H0) / sigma
-        rows.append(_row(config, times[index], sigma, X + (to - sigma) * slope, clip=clip, s=X, shift=True))
+        rows.append(
+            _row(config, times[index], sigma, X + (to - sigma) * slope, clip=clip, s=X, shift=True, level=(1.0, sigma))
+        )
         if to:
             mean = ((S - H1) / sigma + (X - H0) / to) / 2
             rows.append(_row(config, times[index + 1], to, S + (to - sigma) * mean, clip=clip))
@@ -47,7 +49,7 @@ def kdpm2(config: Config, ask: Ask, *, ancestral: bool = False) -> Table:
     for index in range(ask.begin, len(times)):
         sigma, to = sigmas[index], sigmas[index + 1]
         mid, t = middle[index]
-        rows.append(_row(config, times[index], sigma, X + (mid - sigma) / sigma * (X - H0), s=X))
+        rows.append(_row(config, times[index], sigma, X + (mid - sigma) / sigma * (X - H0), s=X, level=(1.0, sigma)))
         if to:
             up, down = split(sigma, to) if ancestral else (0.0, to)
             rows.append(_row(config, t, mid, S + (down - sigma) / mid * (X - H0) + up * Z))
@@ -82,7 +84,7 @@ def _through_the_middle(
 
 
 def _table(config: Config, sigmas: Floats, rows: list[Row], ask: Ask) -> Table:
-    return Table(tuple(rows), initial(config, sigmas), (1.0, float(sigmas[ask.begin])))
+    return Table(tuple(rows), initial(config, sigmas))
 
 
 OPTIONS: Mapping[str, Any] = {

@@ -36,8 +36,8 @@ def lms(config: Config, ask: Ask) -> Table:
             # The Lagrange polynomial that is 1 at this node and 0 at the others, around the step's start.
             polynomial = np.poly1d(others, r=True) / float(np.prod(nodes[j] - sigma - others))
             x = x + float(np.polyval(np.polyint(polynomial), sigmas[index + 1] - sigma)) * output
-        rows.append(row(times[index], x, scale=alpha, h=eps, shift=True))
-    return Table(tuple(rows), initial(config, sigmas), (1.0, float(sigmas[ask.begin])))
+        rows.append(row(times[index], x, scale=alpha, h=eps, shift=True, level=(1.0, sigma)))
+    return Table(tuple(rows), initial(config, sigmas))
 
 
 def ipndm(config: Config, ask: Ask) -> Table:
@@ -55,8 +55,8 @@ def ipndm(config: Config, ask: Ask) -> Table:
         _, eps = predict("v_prediction", alpha, sigma)
         blend = blends[min(index - ask.begin, 3)]
         x = alpha_to / max(alpha, ALMOST_ZERO) * (X - sigma * blend) + sigma_to * blend
-        rows.append(row(math.atan2(sigma, alpha) / math.pi * 2, x, h=eps, shift=True))
-    return Table(tuple(rows), 1.0, levels[ask.begin])
+        rows.append(row(math.atan2(sigma, alpha) / math.pi * 2, x, h=eps, shift=True, level=levels[index]))
+    return Table(tuple(rows), 1.0)
 
 
 def _levels(config: Config, steps: int) -> list[tuple[float, float]]:

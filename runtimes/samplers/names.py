@@ -64,14 +64,15 @@ REFUSED: Mapping[str, str] = {
 """The diffusers classes that cannot be a table, and why."""
 
 
-def find(name: Any, classes: Mapping[str, Sampler]) -> tuple[str, dict[str, Any]]:
+def find(name: Any, classes: Mapping[str, Sampler], refused: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
     """Return the diffusers class that ``name`` means and the options that it implies; DexportError if none."""
     if isinstance(name, str):
-        if name in classes:
-            return name, {}
-        if name in REFUSED:
-            raise DexportError(f"{name} is not supported: {REFUSED[name]}")
         plain = name.strip().lower().replace("++", "pp").replace(" ", "_").replace("-", "_")
+        for scheduler in (*classes, *refused):
+            if scheduler.lower() == plain.replace("_", ""):
+                if scheduler in refused:
+                    raise DexportError(f"{scheduler} is not supported: {refused[scheduler]}")
+                return scheduler, {}
         ending = next((ending for ending in ENDINGS if plain.endswith(ending)), "")
         base = plain.removesuffix(ending)
         base = ALIASES.get(base, base)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from math import sqrt
+from typing import Any
 
 from runtimes import schedule
 from runtimes.errors import DexportError
 from runtimes.samplers.ddim import final_bar, noised
 from runtimes.samplers.prediction import predict
 from runtimes.samplers.sampler import COMMON, OneOf, Sampler
-from runtimes.schedule import Ask, Config
+from runtimes.schedule import Ask, Config, Floats
 from runtimes.table import H0, H1, H2, H3, NOTHING, Form, M, Row, S, Table, X, row
 
 RUNGE_KUTTA = 3  # steps that give the first linear multistep its three past outputs
@@ -31,7 +32,7 @@ def pndm(config: Config, ask: Ask) -> Table:
 
     # Fewer steps leave no room for those of Runge and Kutta; diffusers fails there.
     if config["skip_prk_steps"] or ask.steps - ask.begin <= RUNGE_KUTTA:
-        rows = _plms(config, ask, transfer)
+        rows = _plms(config, ask, transfer, bars)
     else:
         if ask.timesteps is not None:
             raise DexportError(
@@ -40,12 +41,14 @@ def pndm(config: Config, ask: Ask) -> Table:
             )
         leaps = schedule.leaps(config, ask)[ask.begin :]
         half = config["num_train_timesteps"] // ask.steps // 2
-        rows = _runge_kutta([t for t, _ in leaps[: RUNGE_KUTTA + 1]], half, transfer)
-        rows += [row(t, transfer(t, to, X, FOURTH), h=M, shift=True) for t, to in leaps[RUNGE_KUTTA:]]
-    return Table(tuple(rows), 1.0, noised(bars, rows))
+        rows = _runge_kutta([t for t, _ in leaps[: RUNGE_KUTTA + 1]], half, transfer, bars)
+        rows += [
+            row(t, transfer(t, to, X, FOURTH), h=M, shift=True, level=noised(bars[t])) for t, to in leaps[RUNGE_KUTTA:]
+        ]
+    return Table(tuple(rows), 1.0)
 
 
-def _runge_kutta(times: Sequence[int], half: int, transfer: Transfer) -> list[Row]:
+def _runge_kutta(times: Sequence[int], half: int, transfer: Transfer, bars: Floats) -> list[Row]:
     """Four calls a step, formula 13: k1 .. k4 at its start, twice at its middle, and at its end.
 
     S keeps the step's start. k1 moves to H1, where it stays for the steps after these, and k2 to H0; k3 is read back
@@ -58,7 +61,7 @@ def _runge_kutta(times: Sequence[int], half: int, transfer: Transfer) -> list[Ro
         _, of_start, of_output, *_ = third.weights
         k1, k2, k3, k4 = H1, H0, (X - of_start * S) / of_output, M
         rows += [
-            row(t, transfer(t, t - half, X, M), h=M, s=X, shift=True),
+            row(t, transfer(t, t - half, X, M), h=M, s=X, shift=True, level=noised(bars[t])),
             row(middle, transfer(t, middle, S, M), h=M),
             row(middle, third),
             row(to, transfer(t, to, S, (k1 + 2 * k2 + 2 * k3 + k4) / 6)),
@@ -66,7 +69,7 @@ def _runge_kutta(times: Sequence[int], half: int, transfer: Transfer) -> list[Ro
     return rows
 
 
-def _plms(config: Config, ask: Ask, transfer: Transfer) -> list[Row]:
+def _plms(config: Config, ask: Ask, transfer: Transfer, bars: Floats) -> list[Row]:
     """Linear multistep alone: as in latent diffusion the first step is made twice.
 
     The second time it takes the mean of the outputs at both of its ends; so there is one call more than there are
@@ -82,7 +85,8 @@ def _plms(config: Config, ask: Ask, transfer: Transfer) -> list[Row]:
         last = t
         x = transfer(start, to, sample, BLENDS[min(index, 4)])
         # The second call's output is used once, and not kept.
-        rows.append(row(t, x, h=NOTHING if index == 1 else M, s=X if index == 0 else S, shift=index != 1))
+        kept: dict[str, Any] = {"h": NOTHING if index == 1 else M, "s": X if index == 0 else S, "shift": index != 1}
+        rows.append(row(t, x, level=noised(bars[t]), **kept))
     return rows
 
 

@@ -42,8 +42,9 @@ def repaint(config: Config, ask: Ask) -> Table:
         x0, _ = predict("epsilon", sqrt(a), sqrt(1 - a))
         sigma = eta * sqrt((1 - b) / (1 - a) * (1 - a / b))
         x = sqrt(b) * H0 + sqrt(max(1 - b - sigma**2, 0.0)) * M + sigma * Z
-        rows.append(row(t, x, h=x0, clip=1.0 if config["clip_sample"] else math.inf, known=(sqrt(b), sqrt(1 - b))))
-    return Table(tuple(rows), 1.0, noised(bars, rows))
+        clip = 1.0 if config["clip_sample"] else math.inf
+        rows.append(row(t, x, h=x0, clip=clip, known=noised(b), level=noised(a)))
+    return Table(tuple(rows), 1.0)
 
 
 def _walk(count: int, length: int, times: int) -> list[int]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from runtimes import schedule
 from runtimes.errors import DexportError
+from runtimes.samplers.ddim import noised
 from runtimes.samplers.deis import low_levels
 from runtimes.samplers.dpm import lambda_, threshold
 from runtimes.samplers.prediction import predict
@@ -31,9 +32,10 @@ def sa(config: Config, ask: Ask) -> Table:
     predictor, corrector = config["predictor_order"], config["corrector_order"]
     times, sigmas = low_levels(config, ask)
     ladder = [schedule.level(config, sigma) for sigma in sigmas]
+    bars = schedule.alpha_bars(config)
     count, rows, tau, corrected = len(times), [], 0.0, 0  # tau and the corrector's order of the step before
     for index in range(ask.begin, count):
-        behind = ladder[index::-1]  # alpha and sigma here, and at the steps before
+        behind = ladder[max(index - len(HISTORY), 0) : index + 1][::-1]  # alpha and sigma here, and at the steps before
         data, eps = predict(config["prediction_type"], *behind[0])
         x = X
         if index > ask.begin:
@@ -49,11 +51,11 @@ def sa(config: Config, ask: Ask) -> Table:
         else:
             shared, deviation = alpha_to / alpha * x, tau * sigma_to * math.sqrt(math.expm1(2 * h))
         shared = shared + deviation * Z
-        following = _sum(shared, _gradient(x0, tau, ladder[index + 1 :: -1], order, False))
+        following = _sum(shared, _gradient(x0, tau, [ladder[index + 1], *behind], order, False))
         bounds = threshold(config) if x0 else {}
-        rows.append(row(times[index], following, h=data if x0 else eps, s=shared, shift=True, **bounds))
-    first = schedule.alpha_bars(config)[int(times[ask.begin])]
-    return Table(tuple(rows), 1.0, (math.sqrt(first), math.sqrt(1 - first)))
+        bounds |= {"h": data if x0 else eps, "s": shared, "shift": True, "level": noised(bars[int(times[index])])}
+        rows.append(row(times[index], following, **bounds))
+    return Table(tuple(rows), 1.0)
 
 
 def _sum(form: Form, weights: Sequence[float]) -> Form:

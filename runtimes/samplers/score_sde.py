@@ -33,8 +33,9 @@ def variance_exploding(config: Config, ask: Ask) -> Table:
     for index in range(ask.begin, count):
         sigma, to = sigmas[places[index]], sigmas[places[index] - 1]
         noise = sqrt(sigma**2 - to**2) * Z if index < count - 1 else NOTHING
-        rows.append(row(low * (high / low) ** float(times[index]), X + (sigma**2 - to**2) * M + noise))
-    return Table(tuple(rows), high, (1.0, float(sigmas[places[ask.begin]])))
+        x = X + (sigma**2 - to**2) * M + noise
+        rows.append(row(low * (high / low) ** float(times[index]), x, level=(1.0, sigma)))
+    return Table(tuple(rows), high)
 
 
 def variance_preserving(config: Config, ask: Ask) -> Table:
@@ -44,12 +45,13 @@ def variance_preserving(config: Config, ask: Ask) -> Table:
     # The log of the signal's factor, formula 33.
     logs = [-(t**2) * (high - low) / 4 - t * low / 2 for t in times.tolist()]
     rows: list[Row] = []
-    deviations = [sqrt(1 - math.exp(2 * log)) for log in logs]
-    for t, deviation in zip(times.tolist(), deviations, strict=True):
+    for t, log in zip(times.tolist(), logs, strict=True):
+        deviation = sqrt(1 - math.exp(2 * log))
         beta = low + t * (high - low)
         x = (1 + beta * step / 2) * X - beta * step / deviation * M
-        rows.append(row(t, x + sqrt(beta * step) * Z if len(rows) < len(times) - 1 else x))
-    return Table(tuple(rows), 1.0, (math.exp(logs[0]), deviations[0]))
+        noise = sqrt(beta * step) * Z if len(rows) < len(times) - 1 else NOTHING
+        rows.append(row(t, x + noise, level=(math.exp(log), deviation)))
+    return Table(tuple(rows), 1.0)
 
 
 CLASSES: Mapping[str, Sampler] = {

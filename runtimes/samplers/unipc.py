@@ -65,8 +65,9 @@ def unipc(config: Config, ask: Ask) -> Table:
         used = min(order, left, index - ask.begin + 1)
         following = _advance(config, sigmas, index, x, H0, [H1, H2][: used - 1], None)
         bounds = threshold(config) if x0 else {}
-        rows.append(row(times[index], following, h=data if x0 else eps, s=x, shift=True, **bounds))
-    return Table(tuple(rows), 1.0, schedule.level(config, float(sigmas[ask.begin])))
+        bounds |= {"h": data if x0 else eps, "s": x, "shift": True, "level": (alpha, sigma)}
+        rows.append(row(times[index], following, **bounds))
+    return Table(tuple(rows), 1.0)
 
 
 def _advance(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from PIL import Image
 
 if TYPE_CHECKING:
     from tests.dexport.conftest import Said, Say, Workshop
@@ -221,6 +222,10 @@ def test_a_picture_that_could_not_be_written_is_said_before_the_work(say: Say, t
         (["--guidance", "1e300"], "from 0 to 1000"),
         (["--guidance", "nan"], "from 0 to 1000"),
         (["--images", "5000"], "4096"),
+        (["--strength", "0.5"], "give --image too"),
+        (["--sampler", ""], "no sampler ''"),
+        (["--sampler", "ipndm"], "this checkpoint is a diffusion model"),
+        (["--guidance-interval", "0.2,0.21"], "holds none of"),
         (["--size", "99999x64"], "16384"),
     ],
 )
@@ -229,6 +234,12 @@ def test_a_request_beyond_reason_is_one_line(
 ) -> None:
     refused(say("run", workshop.bundle, "--prompt", "red", "-o", tmp_path / "x.png", *words), part)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_of_too_many_pixels_is_said_to_be_too_large(say: Say, tmp_path: Path) -> None:
+    Image.new("1", (20000, 20000)).save(tmp_path / "wide.png")
+    words = ("run", tmp_path, "--prompt", "red", "-o", tmp_path / "x.png", "--image", tmp_path / "wide.png")
+    refused(say(*words), "wide.png: the picture is too large; make it smaller")
 
 
 def test_a_picture_that_is_too_large_is_said_before_the_work(say: Say, workshop: Workshop, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +13,7 @@ import pytest
 from PIL import Image
 
 from runtimes.samplers import compile_table
-from runtimes.samplers.describe import formula
+from runtimes.samplers.describe import _row, describe, formula, spread
 
 if TYPE_CHECKING:
     from tests.dexport.conftest import Say, Workshop
@@ -66,6 +68,8 @@ def test_wrong_words_are_one_line(say: Say, say_fresh: Say, tmp_path: Path) -> N
     (tmp_path / "half.json").write_text("{")
     for words, part in (
         (["magic"], "no sampler 'magic'"),
+        (["euler", "--steps", "1000000"], "too many"),
+        ([""], "no sampler ''"),
         (["euler_ancestral_karras"], "no form with karras sigmas"),
         (["euler", "--of", tmp_path / "nowhere"], "nowhere"),
         (["euler", "--of", tmp_path / "list.json"], "not a scheduler's config"),
@@ -80,6 +84,62 @@ def test_wrong_words_are_one_line(say: Say, say_fresh: Say, tmp_path: Path) -> N
         "sampler", "euler", "--plot", tmp_path / "a.png", first="import sys; sys.modules['matplotlib'] = None"
     )
     assert (said.code, "dexport[plot]" in said.err) == (2, True)
+
+
+@pytest.mark.parametrize("name", ["heun", "dpmpp_2m_karras", "flow_heun", "dpmpp_sde"])
+def test_sigma_is_that_of_a_start_from_an_image_at_each_step(name: str) -> None:
+    rows = describe(name, steps=9)["rows"]
+    mixes = [compile_table({}, 9, sampler=name, begin=begin).mix for begin in range(9)]
+    told = [row["sigma"] for row in rows if row["sigma"] is not None]
+    assert told == [noise / signal if signal else None for signal, noise in mixes if signal]
+
+
+def test_a_long_table_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from runtimes import samplers
+
+    made: list[object] = []
+    compiled = samplers.compile_table
+    monkeypatch.setattr(samplers, "compile_table", lambda *args, **more: made.append(1) or compiled(*args, **more))
+    assert len(describe("dpmpp_2m_karras", steps=999)["rows"]) == 999
+    assert len(made) == 1
+
+
+def test_rows_without_a_call_are_told_apart(say: Say) -> None:
+    said = say("sampler", "RePaintScheduler", "--steps", 15, "--json").json
+    table = compile_table({"_class_name": "RePaintScheduler"}, 15)
+    assert [row["calls"] for row in said["rows"]] == [row.calls for row in table.rows]
+    assert said["calls"] == sum(row.calls for row in table.rows) < len(table.rows)
+    text = say("sampler", "RePaintScheduler", "--steps", 15).out
+    assert text.count("no call") == len(table.rows) - said["calls"]
+    assert f"{said['calls']} calls of the model" in text.splitlines()[0]
+
+
+def test_learned_variance_and_thresholding_are_shown(say: Say, tmp_path: Path) -> None:
+    for options, told, words in (
+        ({"variance_type": "learned"}, ("deviation", [0.0, 0.0, 0.5]), "V^0.5"),
+        ({"variance_type": "learned_range"}, ("deviation", None), " V)"),
+        ({"thresholding": True, "sample_max_value": 1.5}, ("threshold", 0.995), "quantile 0.995 (at most 1.5)"),
+    ):
+        file = tmp_path / "config.json"
+        file.write_text(json.dumps({"_class_name": "DDPMScheduler", **options}))
+        row = say("sampler", "ddpm", "--steps", 4, "--of", file, "--json").json["rows"][0]
+        assert row[told[0]] == told[1] if told[1] else row[told[0]]
+        assert words in say("sampler", "ddpm", "--steps", 4, "--of", file).out
+    assert spread((-4.25, 1.5, 0.0)) == "exp(-4.25 + 1.5 V)" and spread((-4.25, -1.5, 0.0)) == "exp(-4.25 - 1.5 V)"
+
+
+def test_there_is_no_sigma_where_there_is_no_signal() -> None:
+    first, second = describe("SCMScheduler", steps=2)["rows"]
+    assert first["sigma"] is None
+    assert second["sigma"] == pytest.approx(0.5 * math.tan(1.3))
+
+
+def test_rounding_noise_is_left_out() -> None:
+    terms = [abs(weight) for row in describe("ddim", steps=50)["rows"] for weight in row["X"].values()]
+    assert min(terms) > 1e-6
+    rows = compile_table({}, 50, sampler="ddim").rows
+    noisy = dataclasses.replace(rows[0], x_x=1e-16)
+    assert "X" not in _row(noisy)["X"] and _row(noisy)["X"]["H0"] == rows[0].x_h[0]
 
 
 def test_formulas_read_as_people_write_them() -> None:

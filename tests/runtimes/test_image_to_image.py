@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
 
+from dexport.console import open_image
 from exporter import checkpoint as checkpoints
 from exporter import gate, hub
 from runtimes.errors import DexportError
@@ -74,6 +76,13 @@ def test_strengths_that_leave_nothing_are_refused(pipeline: Pipeline, picture: I
             next(pipeline.generate(Request(["red"], image=picture, strength=strength, steps=STEPS)))
 
 
+def test_a_picture_changes_by_0_8_if_nothing_is_said(pipeline: Pipeline, picture: Image.Image) -> None:
+    made = [pipeline("red", image=picture, steps=STEPS, **more) for more in ({}, {"strength": np.float32(0.8)})]
+    assert made[0].images[0].tobytes() == made[1].images[0].tobytes()
+    assert made[0].settings[0]["strength"] == 0.8 and made[1].settings[0]["strength"] == pytest.approx(0.8)
+    json.dumps(made[1].settings)
+
+
 def test_a_picture_is_cut_evenly_and_laid_on_white() -> None:
     wide = Image.new("RGBA", (30, 10), (255, 0, 0, 255))
     wide.paste((0, 0, 255, 255), (10, 0, 20, 10))
@@ -90,8 +99,16 @@ def test_deep_and_turned_pictures_are_read_as_people_see_them() -> None:
     turned = picture.transpose(Image.Transpose.ROTATE_90)
     turned.getexif()[274] = 6  # as a camera notes that it was held on its side
     np.testing.assert_array_equal(to_array(turned, (16, 8)), to_array(picture, (16, 8)))
-    with pytest.raises(DexportError, match="mode F, whose white is not known"):
-        to_array(Image.fromarray(np.zeros((8, 8), np.float32)), (8, 8))
+    for kind, dtype in (("F", np.float32), ("I", np.int32)):
+        with pytest.raises(DexportError, match=f"mode {kind}, whose white is not known; save it as an 8-bit picture"):
+            to_array(Image.fromarray(np.zeros((8, 8), dtype)), (8, 8))
+
+
+def test_a_16_bit_png_is_grey(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "grey.png")
+    array = to_array(open_image(tmp_path / "grey.png"), (8, 8))
+    np.testing.assert_allclose(array, np.broadcast_to(ramp / 65535, (1, 3, 8, 8)), atol=0.5 / 255 + 1e-6)
 
 
 def test_what_is_no_picture_is_refused(pipeline: Pipeline, picture: Image.Image) -> None:

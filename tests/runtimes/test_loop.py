@@ -270,7 +270,7 @@ def test_a_learned_variance_scales_the_noise_of_each_element() -> None:
         ((0.0, 0.0, 0.5), np.sqrt(learned)),
         ((), 1.0),  # what the model learned is left out
     ):
-        table = Table((row(5, M + 2 * Z, deviation=deviation),), 1.0, (1.0, 0.0))
+        table = Table((row(5, M + 2 * Z, deviation=deviation),), 1.0)
         (step,) = loop.sample(table, start, model, lambda: np.ones_like(start))
         assert step.output.shape == start.shape
         np.testing.assert_allclose(step.sample, 3 * start + 2 * expected, rtol=1e-15)
@@ -278,7 +278,7 @@ def test_a_learned_variance_scales_the_noise_of_each_element() -> None:
 
 def test_a_row_may_leave_the_model_out() -> None:
     start = normal(1, *SHAPE)
-    table = Table((row(5, 2 * X + M, calls=False), row(4, X + M)), 1.0, (1.0, 0.0))
+    table = Table((row(5, 2 * X + M, calls=False), row(4, X + M)), 1.0)
     calls: list[float] = []
 
     def model(x: np.ndarray, t: float, row: object) -> np.ndarray:
@@ -296,7 +296,7 @@ def test_a_known_part_is_put_back_as_noisy_as_the_row_says() -> None:
     start, image, draw = normal(1, *SHAPE), normal(1, *SHAPE, seed=1), normal(1, *SHAPE, seed=2)
     mask = np.zeros((1, 1, 6, 6))
     mask[..., :3] = 1
-    table = Table((row(5, X - M, known=(0.6, 0.8)),), 1.0, (1.0, 0.0))
+    table = Table((row(5, X - M, known=(0.6, 0.8)),), 1.0)
     model = lambda x, t, row: x.astype(np.float64)  # noqa: E731
     (step,) = loop.sample(table, start, model, lambda: draw, (image, mask))
     np.testing.assert_allclose(step.sample[..., :3], (0.6 * image + 0.8 * draw)[..., :3], rtol=1e-15)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -180,6 +181,15 @@ def test_an_overflow_is_an_error_and_no_black_picture(pipeline: Pipeline, denois
         ({"guidance_batch": "both"}, "'batched' or 'sequential'"),
         ({"size": (64, 64)}, "makes images of 32x32 pixels"),
         ({"sampler": "magic"}, "no sampler 'magic'"),
+        ({"sampler": ""}, "no sampler ''"),
+        ({"sampler": "flow_euler"}, "for a flow-matching model, and this checkpoint is a diffusion model"),
+        ({"sampler": "DDIMInverseScheduler"}, "goes from an image to noise"),
+        ({"strength": 0.8}, "give --image too"),
+        ({"strength": ""}, "strength must be a number, not ''"),
+        ({"guidance_rescale": None}, "guidance_rescale must be a number, not None"),
+        ({"guidance_interval": 0.5}, "two numbers that rise within 0 to 1, not 0.5"),
+        ({"guidance": "abc"}, "guidance must be a number from 0 to 1000, or several, not 'abc'"),
+        ({"image": "grey.png"}, "image must be a picture"),
     ],
 )
 def test_wrong_requests_are_one_clear_line(pipeline: Pipeline, settings: dict[str, Any], message: str) -> None:
@@ -200,7 +210,16 @@ def test_settings_tell_of_guidance_only_what_was_asked(pipeline: Pipeline) -> No
     plain = pipeline("red", steps=2).settings[0]
     assert plain["guidance"] == 5.0 and not {"guidance_interval", "guidance_rescale", "strength"} & set(plain)
     asked = pipeline("red", steps=2, guidance_interval=(0.0, 0.5), guidance_rescale=0.7).settings[0]
-    assert (asked["guidance_interval"], asked["guidance_rescale"]) == ((0.0, 0.5), 0.7)
+    assert (asked["guidance_interval"], asked["guidance_rescale"]) == ([0.0, 0.5], 0.7)
+
+
+def test_settings_are_plain_numbers(pipeline: Pipeline) -> None:
+    numbers = {"guidance_interval": np.array([0, 0.5]), "guidance_rescale": np.float32(0.5)}
+    for given, told in ((np.float32(3.0), 3.0), (np.array([9, 1]), [9.0, 1.0]), ((9, 1.5), [9.0, 1.5]), (7, 7.0)):
+        settings = pipeline("red", steps=2, guidance=given, **numbers).settings[0]
+        assert json.loads(json.dumps(settings)) == settings
+        assert (settings["guidance"], settings["guidance_interval"]) == (told, [0.0, 0.5])
+        assert settings["guidance_rescale"] == 0.5
 
 
 def test_a_picture_needs_an_encoder(pipeline: Pipeline) -> None:

@@ -239,7 +239,53 @@ def test_consistency_for_any_schedule(
 def sana(scheduler: Any) -> Any:
     """SCM as its pipeline calls it: there is one timestep more than calls, and in float64 their sines are too."""
     scheduler.timesteps = scheduler.timesteps.double()
-    return types.SimpleNamespace(timesteps=scheduler.timesteps[:-1], step=scheduler.step, init_noise_sigma=1.0)
+    # The pipeline multiplies its noise by sigma_data, whatever the scheduler's own init_noise_sigma says.
+    return types.SimpleNamespace(
+        timesteps=scheduler.timesteps[:-1], step=scheduler.step, init_noise_sigma=scheduler.config.sigma_data
+    )
+
+
+class Sprint(torch.nn.Module):
+    """A network in the place of SanaSprint's: any function of the sample and the time that it is told."""
+
+    dtype, device = torch.float32, torch.device("cpu")
+    config = types.SimpleNamespace(in_channels=4, guidance_embeds_scale=0.1)
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor, **_: Any) -> tuple[torch.Tensor]:
+        return (0.7 * torch.tanh(x + timestep),)
+
+
+@pytest.mark.parametrize("data", [0.5, 0.8])
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_trigflow_draws_what_its_pipeline_draws(steps: int, data: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From noise of unit variance to latents, which there are the sample divided by sigma_data."""
+    start, *draws = np.random.default_rng(steps).standard_normal((steps + 1, 1, 4, 2, 2))
+    scheduler, network = diffusers.SCMScheduler(sigma_data=data), Sprint()
+    pipeline = diffusers.SanaSprintPipeline.__new__(diffusers.SanaSprintPipeline)
+    diffusers.DiffusionPipeline.__init__(pipeline)
+    pipeline.register_modules(tokenizer=None, text_encoder=None, vae=None, transformer=network, scheduler=scheduler)
+    pipeline.vae_scale_factor = 32
+    pipeline.set_progress_bar_config(disable=True)
+    given = iter(draws)
+    with diffusers_noise(scheduler, lambda: next(given).astype(np.float32)):
+        (theirs,) = pipeline(
+            prompt_embeds=torch.zeros(1, 3, 8), prompt_attention_mask=torch.ones(1, 3), height=64, width=64,
+            num_inference_steps=steps, intermediate_timesteps=1.3 if steps == 2 else None, output_type="latent",
+            latents=torch.from_numpy(start).float(), use_resolution_binning=False, return_dict=False,
+        )  # fmt: skip
+
+    def model(sample: np.ndarray, t: float, row: object) -> np.ndarray:
+        """The network in TrigFlow's terms, https://arxiv.org/abs/2503.09641, formula 5."""
+        s = np.sin(t) / (np.sin(t) + np.cos(t))
+        norm = np.sqrt(s**2 + (1 - s) ** 2)
+        x = sample / data * norm
+        (out,) = network(torch.from_numpy(x), torch.tensor(s))
+        return data * ((1 - 2 * s) * x + (1 - 2 * s + 2 * s**2) * out.numpy()) / norm
+
+    fresh = iter(draws)
+    table = compile_table({"_class_name": "SCMScheduler", "sigma_data": data}, steps)
+    *_, last = loop.sample(table, start, model, lambda: next(fresh))
+    np.testing.assert_allclose(last.sample / data, theirs.numpy(), atol=2e-5)
 
 
 @pytest.mark.parametrize("data", [0.5, 1.0])

@@ -65,7 +65,7 @@ def same(config: dict[str, Any], steps: int, begin: int, rounded: float) -> None
     """The maps agree: to 1e-10 with diffusers in float64, and to ``rounded`` with it as it is."""
     table = compile_table(config, steps, begin=begin)
     wrap = VarianceExploding if config["_class_name"] == VE["_class_name"] else VariancePreserving
-    ours = table_map(table if begin == 0 else type(table)(table.rows, 1.0, table.mix))
+    ours = table_map(table if begin == 0 else type(table)(table.rows, 1.0))
     for double, limit in ((True, DOUBLE_LIMIT), (False, rounded)):
         adapt = functools.partial(wrap, double=double, begin=begin)
         theirs = diffusers_map(config, steps, double=double, begin=begin, adapt=adapt)

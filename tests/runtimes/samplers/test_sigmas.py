@@ -294,6 +294,13 @@ def test_a_range_of_sigmas_that_does_not_fall_is_refused(kind: str) -> None:
             compile_table(config, 5)
 
 
+@pytest.mark.parametrize("kind", [EULER, "UniPCMultistepScheduler"])
+def test_an_end_beyond_the_schedules_other_end_is_refused(kind: str) -> None:
+    for end in ({"sigma_min": 500.0}, {"sigma_max": 1e-4}):
+        with pytest.raises(DexportError, match="sigma_min must be below sigma_max"):
+            compile_table({"_class_name": kind, "use_karras_sigmas": True, **end}, 5)
+
+
 def test_more_steps_than_any_model_needs_are_refused() -> None:
     with pytest.raises(DexportError, match="100000 steps are too many"):
         compile_table({"_class_name": "FlowMatchEulerDiscreteScheduler"}, 100_000)
