@@ -280,7 +280,7 @@ def respace(config: Config, sigmas: Floats, ask: Ask) -> Floats | None:
     low, high = (
         float(end) if given is None else given for given, end in zip(own, (sigmas[-1], sigmas[0]), strict=True)
     )
-    if own != (None, None):  # else of one sigma both ends are it, and those of an inverted schedule rise
+    if own != (None, None) and len(sigmas) > 1:  # a single step has no range, and an inverted schedule's rises
         rising(low, high)
     return RESPACINGS[wanted[0]](low, high, ask.steps)
 
