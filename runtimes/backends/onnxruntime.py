@@ -36,7 +36,7 @@ def devices() -> list[Device]:
     if version() is None:
         return []
     name = "arm64" if platform.machine().lower() in ("arm64", "aarch64") else "cpu"
-    return [Device(name, platform.processor() or platform.machine(), ("fp32", "int8"))]
+    return [Device(name, platform.processor() or platform.machine(), ("fp32",))]
 
 
 def missing() -> str | None:
