@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from exporter.build import compile_hub as compile
     from exporter.hub import export
     from exporter.inspect import inspect
+    from exporter.quantized import Quantization
+    from exporter.quantized import calibrate_hub as calibrate
     from runtimes.bench import bench
     from runtimes.bundle import verify
     from runtimes.doctor import doctor
