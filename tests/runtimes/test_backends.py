@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from exporter.compile import compile_graph, precisions
+from runtimes.backends import onnxruntime
 from runtimes.errors import DexportError
-from runtimes.manifest import Graph
+from runtimes.manifest import Graph, Tensor
 from runtimes.session import Session, backend, require, run_batched
 from runtimes.target import DEVICES, Target
 from tests.exporter.graphs import SAMPLES, Sample, relative
@@ -208,3 +210,35 @@ class TestTensorRt:
         assert module.devices() == []
         with pytest.raises(DexportError, match=r"needs a GPU: (no NVIDIA driver|the NVIDIA driver sees no GPU)"):
             self.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "overflow"),
+    [("fpu avx2 avx512f", True), ("fpu avx2 avx_vnni", False), ("fpu avx512f avx512_vnni", False), (None, True)],
+)
+def test_which_x86_processors_need_other_integer_kernels(
+    flags: str | None, overflow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxruntime.platform, "machine", lambda: "x86_64")
+    if flags is not None:
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\nbugs\t\t: vnni\n")
+    assert onnxruntime.sums_may_overflow(tmp_path / "cpuinfo") is overflow
+    monkeypatch.setattr(onnxruntime.platform, "machine", lambda: "aarch64")
+    assert not onnxruntime.sums_may_overflow(tmp_path / "cpuinfo")
+
+
+def test_the_largest_integer_products_are_summed_without_overflow(tmp_path: Path) -> None:
+    """255 · 127 twice is more than 16 bits hold: kernels that add pairs of products there would cut it off."""
+    inputs = [
+        onnx.helper.make_tensor_value_info(name, kind, [4, size])
+        for name, kind, size in (("a", onnx.TensorProto.UINT8, 64), ("y", onnx.TensorProto.INT32, 8))
+    ]
+    weight = onnx.numpy_helper.from_array(np.full((64, 8), 127, np.int8), "b")
+    node = onnx.helper.make_node("MatMulInteger", ["a", "b"], ["y"])
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph([node], "g", inputs[:1], inputs[1:], [weight]),
+        opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10,
+    )  # fmt: skip
+    graph = Graph("denoiser", "d/model.onnx", (Tensor("a", "uint8", (4, 64)),), (Tensor("y", "int32", (4, 8)),))
+    session = onnxruntime.OnnxRuntimeSession(tmp_path / "m.onnx", graph, 2, content=model.SerializeToString())
+    np.testing.assert_array_equal(session.run({"a": np.full((4, 64), 255, np.uint8)})["y"], 255 * 127 * 64)
