@@ -300,6 +300,7 @@ def speed(checkpoint: Path, hub: Path | None, statistics_: Path | None, peers: b
         pairs: list[dict[str, Callable[[], Session]]] = [
             {
                 "OpenVINO bf16": lambda: compiled(file, graph, work / "ov16" / "d", "openvino", "bf16"),
+                "OpenVINO fp32": lambda: compiled(file, graph, work / "ov32" / "d", "openvino", "fp32"),
                 "OpenVINO int8, dexport": lambda: compiled(ours, graph, work / "ov8" / "d", "openvino", "int8"),
             },
             {
