@@ -6,6 +6,7 @@ input, or is added by the next node. Everything else that multiplies is left in 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -49,6 +50,14 @@ class Layer:
     def output(self) -> ir.Value:
         """The product; a linear layer's bias may be added after it."""
         return self.node.outputs[0]
+
+    @property
+    def work(self) -> float:
+        """Multiplications for one image, as far as the output's sizes are fixed."""
+        sizes = [size for size in (self.output.shape or ()) if isinstance(size, int)]
+        weight = self.weight.const_value
+        assert weight is not None
+        return math.prod(sizes) * float(weight.size / int(weight.shape.numpy()[self.out_axis]))
 
     @property
     def bias(self) -> ir.Value | None:

@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from calibration.layers import Layer
 from calibration.quality import Budget, Quality
 from calibration.recipe import block
@@ -39,12 +37,8 @@ def work(layers: Sequence[Layer]) -> dict[str, float]:
     """Multiplications of each block, for one image."""
     total: dict[str, float] = {}
     for layer in layers:
-        sizes = [size for size in (layer.output.shape or ()) if isinstance(size, int)]
-        weight = layer.weight.const_value
-        assert weight is not None
-        each = weight.size / int(weight.shape.numpy()[layer.out_axis])
         name = block(layer.name)
-        total[name] = total.get(name, 0.0) + float(np.prod(sizes)) * float(each)
+        total[name] = total.get(name, 0.0) + layer.work
     return total
 
 

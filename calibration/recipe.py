@@ -19,14 +19,21 @@ from calibration.layers import Layer, find
 from calibration.observe import Statistics
 from calibration.precision import from_timestep_alone
 from calibration.split import split
+from calibration.weights import DYNAMIC, GROUP, narrow
 from runtimes.errors import DexportError
+
+CONVOLUTIONAL = 0.1  # of the multiplications: in a UNet half or more, in a transformer the patches' embedding alone
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to quantize. observer: one of calibration.ranges. keep: blocks that stay in floating point, by name."""
+    """How to quantize. observer: one of calibration.ranges. keep: blocks that stay in floating point, by name.
+
+    dynamic: linear layers have their activations rounded by the runtime, token by token; see ``is_dynamic``.
+    """
 
     observer: str = "mse"
+    dynamic: bool = False
     smooth: bool = True
     correct_bias: bool = True
     keep: frozenset[str] = frozenset()
@@ -34,11 +41,15 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Done:
-    """What became of each layer: quantized, smoothed (a value's name), or left, with the reason."""
+    """What became of each layer: quantized, smoothed (a value's name), or left, with the reason.
+
+    dynamic: those of the quantized ones whose activations the runtime rounds.
+    """
 
     quantized: tuple[str, ...]
     smoothed: tuple[str, ...]
     left: Mapping[str, str]
+    dynamic: tuple[str, ...] = ()
 
 
 def apply(model: ir.Model, statistics: Statistics, recipe: Recipe) -> tuple[ir.Model, Done]:
@@ -46,12 +57,16 @@ def apply(model: ir.Model, statistics: Statistics, recipe: Recipe) -> tuple[ir.M
     model, _ = split(model)
     layers, left = candidates(model)
     chosen: list[Layer] = []
+    dynamic: list[Layer] = []
     scales: dict[str, float] = {}
     for layer in layers:
         why = None if block(layer.name) not in recipe.keep else "kept in floating point by the plan"
-        why = why or _measure(layer, statistics, recipe.observer, scales)
+        by_token = recipe.dynamic and layer.kind == "linear"
+        why = why or (None if by_token else _measure(layer, statistics, recipe.observer, scales))
         if why:
             left[layer.name] = why
+        elif by_token:
+            dynamic.append(layer)
         else:
             chosen.append(layer)
     smoothed: dict[str, float] = {}
@@ -61,7 +76,25 @@ def apply(model: ir.Model, statistics: Statistics, recipe: Recipe) -> tuple[ir.M
         as_they_were = [layer for layer in chosen if str(layer.input.name) not in smoothed]
         model, _ = bias.correct(model, as_they_were, statistics.values)
     model, _ = quantize.write(model, chosen, scales | smoothed)
-    return model, Done(tuple(layer.name for layer in chosen), tuple(smoothed), left)
+    model, modified = narrow(model, 8, GROUP, [layer.node for layer in dynamic])
+    if modified:
+        model.metadata_props[DYNAMIC] = str(GROUP)
+    narrowed = tuple(layer.name for layer in dynamic if not layer.weight.is_initializer())
+    left |= {layer.name: "small, or its weight is read elsewhere" for layer in dynamic if layer.weight.is_initializer()}
+    return model, Done((*(layer.name for layer in chosen), *narrowed), tuple(smoothed), left, narrowed)
+
+
+def is_dynamic(model: ir.Model) -> bool:
+    """Whether a graph's linear layers are better off with activations that are rounded token by token.
+
+    In transformers some channels, and some tokens, are far larger than the others, so one scale for a whole activation
+    rounds the rest to little (12 to 13 dB on SD3.5, as published). Convolutions have no kernels for it, and a graph of
+    convolutions has less need: its linear layers stay static, as one scale is faster.
+    """
+    works = {"conv": 0.0, "linear": 0.0}
+    for layer in find(model)[0]:
+        works[layer.kind] += layer.work
+    return works["conv"] < CONVOLUTIONAL * sum(works.values())
 
 
 def candidates(model: ir.Model) -> tuple[list[Layer], dict[str, str]]:

@@ -9,7 +9,7 @@ Only activations are switched: a weight in 8 bits with a scale for each output c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ from calibration import ranges
 from calibration.graph import add_constant, add_node
 from calibration.layers import Layer
 from calibration.observe import Statistics
+from calibration.ranges import MOST, NEAREST_ZERO
 from calibration.recipe import Recipe, block, candidates
 from calibration.split import split
+from calibration.weights import GROUP
 from runtimes.backends.onnxruntime import OnnxRuntimeSession
 from runtimes.errors import Progress, silent
 from runtimes.manifest import Graph, Tensor
@@ -84,8 +86,24 @@ def _switch(
     def add(operator: str, inputs: Sequence[ir.Value], what: str, dtype: Any = ir.DataType.FLOAT) -> ir.Value:
         return add_node(layer.node, operator, inputs, f"{name}_{what}", dtype)
 
-    numbers = add("QuantizeLinear", [value, scale, zero], "numbers", ir.DataType.INT8)
-    rounded = add("DequantizeLinear", [numbers, scale, zero], "rounded")
+    if recipe.dynamic and layer.kind == "linear":
+        width = layer.weight.shape[layer.in_axis] if layer.weight.shape is not None else GROUP
+        rounded = _round_in_groups(graph, add, value, name, GROUP if width % GROUP == 0 else width)
+    else:
+        numbers = add("QuantizeLinear", [value, scale, zero], "numbers", ir.DataType.INT8)
+        rounded = add("DequantizeLinear", [numbers, scale, zero], "rounded")
     error = add("Sub", [rounded, value], "error")
     part = add("Mul", [error, add("Gather", [switches, place], "on")], "part")
     return add("Add", [value, part], "value")
+
+
+def _round_in_groups(graph: ir.Graph, add: Callable[..., ir.Value], value: ir.Value, name: str, group: int) -> ir.Value:
+    """What a runtime makes of a value that it rounds itself: 127 steps to the peak of each group of each token."""
+    constants = {"rows": np.array([-1, group], np.int64), "last": np.array([1], np.int64),
+                 "steps": np.float32(MOST), "least": np.float32(NEAREST_ZERO)}  # fmt: skip
+    made = {key: add_constant(graph, f"{name}_{key}", one) for key, one in constants.items()}
+    rows = add("Reshape", [value, made["rows"]], "rows_of")
+    peak = add("ReduceMax", [add("Abs", [rows], "size"), made["last"]], "peak")
+    scale = add("Max", [add("Div", [peak, made["steps"]], "step"), made["least"]], "dynamic_scale")
+    whole = add("Mul", [add("Round", [add("Div", [rows, scale], "in_steps")], "whole"), scale], "rounded_rows")
+    return add("Reshape", [whole, add("Shape", [value], "shape", ir.DataType.INT64)], "rounded")

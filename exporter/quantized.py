@@ -128,13 +128,14 @@ def make(
     name = model.stages[0].denoiser
     hub_graph = calibrated.model.graphs[name]
     file = calibrated.hub / hub_graph.file
+    how = replace(calibrated.settings.recipe, dynamic=compilers.dynamic(target) and recipe.is_dynamic(ir.load(file)))
     built: dict[frozenset[str], tuple[Graph, Done]] = {}
     with tempfile.TemporaryDirectory(prefix=".quantized-", dir=output.parent) as work:
 
         def compiled(keep: frozenset[str]) -> Path:
             folder = Path(work) / f"{len(keep)}" / name
             folder.mkdir(parents=True)
-            chosen = replace(calibrated.settings.recipe, keep=keep)
+            chosen = replace(how, keep=keep)
             with tempfile.TemporaryDirectory(prefix="hub-", dir=work) as quantized:
                 graph, done = recipe.apply(ir.load(file), calibrated.statistics, chosen)
                 onnx = Path(quantized) / "model.onnx"
@@ -153,9 +154,7 @@ def make(
             )
 
         def noise() -> Any:
-            return sensitivity.noise(
-                file, hub_graph, calibrated.statistics, calibrated.settings.recipe, calibrated.judged.calls, progress
-            )
+            return sensitivity.noise(file, hub_graph, calibrated.statistics, how, calibrated.judged.calls, progress)
 
         if _runs_here(target):
             layers, _ = recipe.candidates(split(ir.load(file))[0])
@@ -239,4 +238,9 @@ def _report(calibrated: Calibrated, plan: mixed.Plan, done: Done) -> dict[str, A
 
 
 def _layers(done: Done) -> dict[str, Any]:
-    return {"quantized": len(done.quantized), "smoothed": len(done.smoothed), "left": dict(done.left)}
+    return {
+        "quantized": len(done.quantized),
+        "dynamic": len(done.dynamic),
+        "smoothed": len(done.smoothed),
+        "left": dict(done.left),
+    }

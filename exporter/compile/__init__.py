@@ -24,6 +24,8 @@ class Compiler(Protocol):
 
     WHY: str  # why it builds no other precisions: the end of the sentence "there is no bf16 here: ..."
 
+    DYNAMIC: tuple[str, ...]  # devices whose int8 linear layers can round activations themselves, group by group
+
     def precisions(self, target: Target) -> tuple[str, ...]:
         """What it can build for a target, the most exact one first."""
 
@@ -43,6 +45,11 @@ class Compiler(Protocol):
 def precisions(target: Target) -> tuple[str, ...]:
     """The precisions that can be built for a target, the most exact one first."""
     return _compiler(target).precisions(target)
+
+
+def dynamic(target: Target) -> bool:
+    """Whether its int8 kernels can round the activations of linear layers themselves, with a scale for each group."""
+    return target.device in _compiler(target).DYNAMIC
 
 
 def check(target: Target, precision: str) -> None:

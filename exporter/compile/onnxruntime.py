@@ -31,7 +31,7 @@ from typing import Any
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from calibration.weights import NARROW, narrow
+from calibration.weights import NARROW, group_of, narrow
 from exporter.compile import onnxruntime_weights
 from exporter.compile.onnxruntime_integer import convolve, make_unsigned, multiply
 from runtimes.errors import Progress
@@ -40,6 +40,7 @@ from runtimes.session import require
 from runtimes.target import Target
 
 WHY = "ONNX Runtime's CPU kernels have no bf16 arithmetic, and fp16 is slower than fp32 there"
+DYNAMIC = ("cpu", "arm64")  # MatMulNBits rounds activations itself
 LONG = 1024 * 1024  # queries × keys from which MultiHeadAttention is faster (see above)
 WIDEST_HEAD = 160  # the widest head measured to be so
 MICROSOFT = "com.microsoft"
@@ -71,10 +72,11 @@ def build(
     model = ir.load(source)
     rewrites = REWRITES
     if precision in NARROW:
-        model, _ = narrow(model, NARROW[precision])
-        rewrites += onnxruntime_weights.REWRITES
+        group = group_of(graph.kind, precision)
+        model, _ = narrow(model, NARROW[precision], group)
+        rewrites += onnxruntime_weights.FOLDED if group else onnxruntime_weights.REWRITES
     elif precision == "int8":
-        rewrites += INTEGER[target.device]
+        rewrites += (*INTEGER[target.device], onnxruntime_weights.multiply)
     for rewrite in rewrites:
         model, _ = rewrite(model)
     progress(f"{graph.kind}: writing", 0.2)

@@ -21,7 +21,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-from calibration.weights import GROUP, NARROW, narrow
+from calibration.weights import DYNAMIC as NOTE
+from calibration.weights import GROUP, NARROW, group_of, narrow
 from runtimes.backends.openvino import GROUP_SIZE, HINT, load, version
 from runtimes.errors import DexportError, Progress
 from runtimes.manifest import Graph
@@ -31,6 +32,7 @@ from runtimes.target import Target
 WHY = "OpenVINO stores weights in fp32 or fp16 and computes in f32, f16 or bf16"
 WEIGHTS = {"fp32": "fp32", "fp16": "fp16", "bf16": "fp16", "int8": "fp16", "w8": "fp32", "w4": "fp32"}
 """What weights are stored in that are not narrower already; bf16 would lose three bits that fp16 keeps."""
+DYNAMIC = ("cpu",)  # linear layers of narrow weights round activations themselves; not run on GPU and NPU
 TIMESTEP = "timestep"
 EXACT = {"name": "DisablePrecisionConversion", "version": "0", "value": "dynamic:f16"}  # as OpenVINO itself writes it
 SIGNIFICANT = ("MatMul", "Convolution")  # what the lower precision is for; the timestep's sines end before
@@ -67,7 +69,7 @@ def build(
     # The narrow graph is written on the disk that the IR goes to, which is as large.
     with tempfile.TemporaryDirectory(prefix=".narrow-", dir=output.parent) as folder:
         try:
-            model = ov.Core().read_model(_narrowed(source, Path(folder), precision))
+            model = ov.Core().read_model(_narrowed(source, Path(folder), graph, precision))
         except RuntimeError as error:
             raise DexportError(
                 f"{source}: OpenVINO cannot read this graph: {str(error).strip().splitlines()[-1]}"
@@ -75,15 +77,18 @@ def build(
         _write(ov, model, graph, output, precision, progress)
     properties = {HINT: HINTS[target.device][precision], "weights": WEIGHTS[precision]}
     if precision in NARROW and target.device == "cpu":
-        properties[GROUP_SIZE] = str(GROUP)  # activations are rounded to 8 bits in these groups: its fast kernels
+        # Activations are rounded to 8 bits in these groups, its fast kernels; or not at all.
+        properties[GROUP_SIZE] = "0" if group_of(graph.kind, precision) else str(GROUP)
+    elif (group := ir.load(source).metadata_props.get(NOTE)) is not None:
+        properties |= {HINT: "f32", GROUP_SIZE: group}  # under bf16 it would not round activations
     return replace(graph, file=f"{output.name}/model.xml", properties=properties)
 
 
-def _narrowed(source: Path, folder: Path, precision: str) -> Path:
+def _narrowed(source: Path, folder: Path, graph: Graph, precision: str) -> Path:
     """The graph with narrow weights, in ``folder``; ``source`` itself for other precisions."""
     if precision not in NARROW:
         return source
-    model, _ = narrow(ir.load(source), NARROW[precision])
+    model, _ = narrow(ir.load(source), NARROW[precision], group_of(graph.kind, precision))
     ir.save(model, folder / "model.onnx", external_data="model.onnx.data", size_threshold_bytes=1024)
     return folder / "model.onnx"
 

@@ -22,6 +22,7 @@ from runtimes.manifest import Graph
 from runtimes.target import Target
 
 WHY = "its GPU has no kernels for it"
+DYNAMIC = ()  # its int8 kernels take one scale for an activation, known when the engine is built
 
 
 def precisions(target: Target) -> tuple[str, ...]:

@@ -7,14 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from calibration.weights import RATIOS, narrow, quantize
-from exporter.compile import onnxruntime, onnxruntime_weights, openvino
+from calibration.weights import FINE, GROUP, RATIOS, narrow, quantize
+from exporter.compile import compile_graph, onnxruntime, onnxruntime_weights, openvino
 from runtimes.accuracy import compare
 from runtimes.backends.openvino import GROUP_SIZE, load
 from runtimes.errors import DexportError, silent
@@ -136,11 +137,11 @@ def test_int8_is_within_half_a_step(shape: tuple[int, ...], axis: int) -> None:
 
 def test_int4_takes_the_least_error_of_the_ratios() -> None:
     weight = WEIGHTS["matrix"]
-    numbers, scale = quantize(weight, 1, 4)
+    numbers, scale = quantize(weight, 1, 4, GROUP)
     assert numbers.shape == weight.shape and scale.shape == (WIDTH // 32, WIDTH)
     wide = numbers.astype(np.float32) * np.repeat(scale, 32, 0)
     np.testing.assert_allclose(wide, oracle4(weight), atol=1e-6)
-    turned, turned_scale = quantize(np.ascontiguousarray(weight.T), 0, 4)
+    turned, turned_scale = quantize(np.ascontiguousarray(weight.T), 0, 4, GROUP)
     np.testing.assert_array_equal(turned.T.astype(np.int8), numbers.astype(np.int8))
     np.testing.assert_array_equal(turned_scale.T, scale)
     plain = np.abs(weight.reshape(2, 32, WIDTH)).max(1) / 7
@@ -148,12 +149,48 @@ def test_int4_takes_the_least_error_of_the_ratios() -> None:
     assert np.square(wide - weight).sum() < 0.95 * np.square(unclipped - weight).sum()
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+def test_groups_of_int8_are_within_half_a_step_of_their_own_peak() -> None:
+    weight = WEIGHTS["matrix"] * np.logspace(-30, 30, WIDTH, dtype=np.float32)
+    numbers, scale = quantize(weight, 1, 8, FINE)
+    assert numbers.dtype == np.int8 and scale.dtype == ml_dtypes.bfloat16 and scale.shape == (WIDTH // FINE, WIDTH)
+    plain = np.abs(weight.reshape(-1, FINE, WIDTH)).max(1).astype(np.float64) / 127
+    used = scale.astype(np.float64)[plain > 0] / plain[plain > 0]
+    assert used.min() > 1 - 1e-6 and used.max() < 1 + 2.0**-7  # rounded up to 8 significant bits
+    wide = np.repeat(scale.astype(np.float64), FINE, 0)
+    assert (np.abs(numbers * wide - weight) <= 0.50001 * wide).all()
+    turned, turned_scale = quantize(np.ascontiguousarray(weight.T), 0, 8, FINE)
+    np.testing.assert_array_equal(turned.T, numbers)
+    np.testing.assert_array_equal(turned_scale.T, scale)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_text_encoder_in_w8_runs_as_its_weights_rounded_in_groups(runtime: str, tmp_path: Path) -> None:
+    """Nothing but the weights is rounded, the table's too, and the file holds 8-bit numbers."""
+    values = dict(WEIGHTS)
+    for name, axis in {"table": 0, "matrix": 1, "gemm": 0}.items():
+        numbers, scale = quantize(WEIGHTS[name], axis, 8, FINE)
+        values[name] = numbers * np.repeat(scale.astype(np.float32), FINE, 1 - axis)
+    values |= {"conv": oracle8(WEIGHTS["conv"], 0), "last": oracle8(WEIGHTS["last"], 1)}  # ODD: no whole groups
+    found = {}
+    for name, precision, weights in (("rounded", "fp32", values), ("narrow", "w8", WEIGHTS)):
+        source, folder = save(model(weights), tmp_path / name), tmp_path / name / "text"
+        folder.mkdir()
+        built = compile_graph(source, GRAPH, folder, Target(runtime, "cpu"), precision)
+        session = backend(runtime).open(folder.parent / built.file, built, "cpu", 1, None)
+        found[name] = next(iter(session.run(TOKENS).values()))
+    np.testing.assert_allclose(found["narrow"], found["rounded"], atol=2e-6 * float(np.abs(found["rounded"]).max()))
+    wide, narrowed = (max((tmp_path / name / "text").iterdir(), key=lambda file: file.stat().st_size).stat().st_size
+                      for name in ("rounded", "narrow"))  # fmt: skip
+    assert narrowed < 0.5 * wide
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, 0), (8, FINE), (4, GROUP)])
 @pytest.mark.parametrize("value", [0.0, 1e-44, 3e38])
-def test_zeros_and_extremes_stay_finite(bits: int, value: float) -> None:
+def test_zeros_and_extremes_stay_finite(bits: int, group: int, value: float) -> None:
     weight = np.full((32, 4), value, np.float32)
-    numbers, scale = quantize(weight, 1, bits)
-    assert (scale > 0).all() and np.isfinite(scale).all()
+    numbers, scale = quantize(weight, 1, bits, group)
+    assert (scale > 0).all() and np.isfinite(scale.astype(np.float32)).all()
+    scale = np.repeat(scale.astype(np.float64), 32 // len(np.atleast_2d(scale)), 0) if group else scale
     np.testing.assert_allclose(numbers.astype(np.float64) * scale, weight, rtol=0.08, atol=1e-38)
 
 
@@ -183,7 +220,9 @@ def test_the_file_holds_numbers_alone(bits: int, tmp_path: Path) -> None:
         value for name, value in stored.items() if name.startswith("matrix") and value.dtype.name[:3] == "INT"
     )
     assert numbers.const_value.nbytes == WIDTH * WIDTH * bits // 8
-    np.testing.assert_array_equal(numbers.const_value.numpy(), quantize(WEIGHTS["matrix"], 1, bits)[0])  # unpacked
+    np.testing.assert_array_equal(
+        numbers.const_value.numpy(), quantize(WEIGHTS["matrix"], 1, bits, GROUP if bits == 4 else 0)[0]
+    )  # unpacked
     operators = Counter(node.op_type for node in made.graph)
     assert operators["DequantizeLinear"] == 4 and operators["Gather"] == 2  # the table is not dequantized
     assert [value.name for value in made.graph.outputs] == ["output"]
