@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,11 @@ import pytest
 # others.
 hypothesis.settings.register_profile("fixed", derandomize=True)
 hypothesis.settings.load_profile("fixed")
+
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # a process for each core: libraries that took all cores would be in each other's way
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 MERGES = ("r e", "re d</w>", "a p", "p l", "ap pl", "appl e</w>")
 
