@@ -30,6 +30,12 @@ def bundles(built: Sequence[Built]) -> None:
     for item in built:
         if "why" in item.accuracy:
             click.echo(f"{item.folder}: gate not run: {item.accuracy['why']}; {item.accuracy['next']}")
+        for name, graph in item.accuracy.get("fp16", {"graphs": {}})["graphs"].items():
+            for one in graph["islands"]:
+                click.echo(
+                    f"{item.folder}: {name}: float32 from {one['first']} to {one['last']}: values up to "
+                    f"{one['peak']:.3g} are beyond fp16"
+                )
         if "quantization" in item.accuracy:
             click.echo(f"{item.folder}: {quantization(item.accuracy['quantization'])}")
 

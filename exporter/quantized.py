@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from runtimes.session import Session, require
 from runtimes.target import Target
 
 PRECISIONS = ("int8",)
-BESIDE = {"onnxruntime": "fp32", "openvino": "bf16", "tensorrt": "fp32"}
+BESIDE = {"onnxruntime": "fp32", "openvino": "bf16", "tensorrt": "fp16"}
 """What the graphs beside the denoiser compute in, and what of it is not quantized, by backend."""
 BUDGET = "psnr=30"  # what is asked for where the user asks for nothing
 
@@ -117,11 +117,12 @@ def prepare(model: Model, hub: Path, settings: Settings, progress: Progress = si
 
 def make(
     calibrated: Calibrated, model: Model, output: Path, target: Target, precision: str, max_batch: int,
-    cache: Path | None, progress: Progress = silent,
+    cache: Path | None, progress: Progress = silent, islands: Collection[str] = frozenset(),
 ) -> Made:  # fmt: skip
     """Quantize and compile the denoiser into ``output``/denoiser for a target.
 
-    ``model``: with the other graphs as they were compiled into ``output``. Where this machine can run the target the
+    ``model``: with the other graphs as they were compiled into ``output``. ``islands``: nodes of the denoiser that stay
+    float32 where the rest of it is fp16. Where this machine can run the target the
     budget is kept, by leaving blocks in floating point if need be; elsewhere everything is quantized and nothing is
     measured. Raises GateError where the budget cannot be met.
     """
@@ -140,7 +141,7 @@ def make(
                 onnx = Path(quantized) / "model.onnx"
                 ir.save(graph, onnx, external_data=f"{onnx.name}.data", size_threshold_bytes=1024)
                 made = compilers.compile_graph(
-                    onnx, hub_graph, folder, target, precision, max_batch=max_batch, cache=cache
+                    onnx, hub_graph, folder, target, precision, max_batch=max_batch, islands=islands, cache=cache
                 )
             built[keep] = made, done
             return folder.parent

@@ -39,6 +39,8 @@ def render(
     parts.append(_pictures(reference, proof.image))
     if "graphs" in accuracy:
         parts.append(_agreement(accuracy))
+    if "fp16" in accuracy:
+        parts.append(_fp16(accuracy["fp16"]))
     if "quantization" in accuracy:
         parts.append(_quantization(accuracy["quantization"]))
     body = "\n".join(parts)
@@ -93,6 +95,23 @@ def _agreement(accuracy: Mapping[str, Any]) -> str:
         + _table(("graph", "output", "timestep", "SQNR, dB", "relative L2", "max abs"), rows)
         + f"<h2>Latents of a free run (the last at least {band['latents']:g} dB)</h2>"
         + _table(("step", "SQNR, dB"), latents)
+    )
+
+
+def _fp16(found: Mapping[str, Any]) -> str:
+    """How near each graph comes to the end of fp16, and what was kept in float32 for it."""
+    peaks = [(name, f"{graph['peak']:.3g}", str(len(graph["islands"]))) for name, graph in found["graphs"].items()]
+    rows = [
+        (name, one["first"], one["last"], str(one["nodes"]), f"{one['peak']:.3g}")
+        for name, graph in found["graphs"].items()
+        for one in graph["islands"]
+    ]
+    return (
+        f"<h2>fp16: {len(rows)} islands in float32</h2>"
+        f"<p>fp16 ends at {found['limit']:g}. Nodes stay float32 whose values come within a factor of "
+        f"{found['margin']:g} of it, in {len(found['prompts'])} pictures of {found['steps']} steps in fp32.</p>"
+        + _table(("graph", "greatest value", "islands"), peaks)
+        + (_table(("graph", "from", "to", "nodes", "greatest value"), rows) if rows else "")
     )
 
 

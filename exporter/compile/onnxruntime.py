@@ -22,7 +22,7 @@ fit the cache and it is no faster; a mask or causal attention takes its slow pat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -53,6 +53,11 @@ def precisions(target: Target) -> tuple[str, ...]:
     return ("fp32", *NARROW, "int8")
 
 
+def computes_in_fp16(target: Target, precision: str) -> bool:
+    """Its CPU kernels compute in fp32 and in 8 bits."""
+    return False
+
+
 def check(target: Target) -> None:
     """The bundle is written without ONNX Runtime, but its version is recorded, and the gate runs it."""
     require("onnxruntime")
@@ -64,8 +69,9 @@ def depends_on(target: Target) -> str:
 
 
 def build(
-    source: Path, graph: Graph, output: Path, target: Target, precision: str, max_batch: int, progress: Progress
-) -> Graph:
+    source: Path, graph: Graph, output: Path, target: Target, precision: str, max_batch: int, progress: Progress,
+    islands: Collection[str] = frozenset(),
+) -> Graph:  # fmt: skip
     """Write model.onnx and model.onnx.data. See exporter.compile.compile_graph."""
     progress(f"{graph.kind}: rewriting for ONNX Runtime", 0.0)
     model = ir.load(source)

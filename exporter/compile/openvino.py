@@ -15,6 +15,7 @@ from __future__ import annotations
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,11 @@ def precisions(target: Target) -> tuple[str, ...]:
     return ("fp32", "fp16", "bf16", *NARROW, "int8")
 
 
+def computes_in_fp16(target: Target, precision: str) -> bool:
+    """Where the hint says f16: not on a CPU."""
+    return HINTS[target.device][precision] == "f16"
+
+
 def check(target: Target) -> None:
     """OpenVINO compiles for every device on any machine."""
     require("openvino")
@@ -58,8 +64,9 @@ def depends_on(target: Target) -> str:
 
 
 def build(
-    source: Path, graph: Graph, output: Path, target: Target, precision: str, max_batch: int, progress: Progress
-) -> Graph:
+    source: Path, graph: Graph, output: Path, target: Target, precision: str, max_batch: int, progress: Progress,
+    islands: Collection[str] = frozenset(),
+) -> Graph:  # fmt: skip
     """Write model.xml and model.bin; the same input gives the same bytes. See exporter.compile.compile_graph."""
     check(target)
     ov = load()

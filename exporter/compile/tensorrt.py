@@ -7,6 +7,7 @@ GPU of this machine (``tensorrt``) the flavour that is installed does, TensorRT 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from runtimes.manifest import Graph
 from runtimes.target import Target
 
 WHY = "its GPU has no kernels for it"
+QUANTIZED = ("int8",)  # layers as the graph's QDQ says; what is beside them is fp16, which a GPU is fast with
 
 
 def precisions(target: Target) -> tuple[str, ...]:
@@ -29,6 +31,11 @@ def precisions(target: Target) -> tuple[str, ...]:
     if target.device != "local":
         return (*gpu_precisions(target.device), "int8")
     return (*(("fp32", "fp16", "bf16") if missing() else gpu_precisions(cuda.gpu().capability)), "int8")
+
+
+def computes_in_fp16(target: Target, precision: str) -> bool:
+    """In fp16 itself, and beside quantized layers."""
+    return precision == "fp16" or precision in QUANTIZED
 
 
 def check(target: Target) -> None:
@@ -44,8 +51,9 @@ def depends_on(target: Target) -> str:
 
 
 def build(
-    source: Path, graph: Graph, output: Path, target: Target, precision: str, max_batch: int, progress: Progress
-) -> Graph:
+    source: Path, graph: Graph, output: Path, target: Target, precision: str, max_batch: int, progress: Progress,
+    islands: Collection[str] = frozenset(),
+) -> Graph:  # fmt: skip
     """Write model.engine, for batches of 1 to ``max_batch``. See exporter.compile.compile_graph."""
     trt = _flavour(target)
     logger = make_logger(trt)
@@ -55,7 +63,7 @@ def build(
     progress(f"{graph.kind}: reading into TensorRT", 0.0)
     # The cast graph is written on the disk that the engine goes to: it is as large as the weights.
     with tempfile.TemporaryDirectory(prefix=".cast-", dir=output.parent) as folder:
-        file = _write_cast(source, Path(folder), precision)
+        file = _write_cast(source, Path(folder), precision, islands)
         if not parser.parse_from_file(str(file)):
             raise DexportError(f"{graph.kind}: TensorRT cannot read this graph: {_parse_error(parser, logger)}")
     _let_attention_decompose(trt, network)
@@ -96,9 +104,9 @@ def _strongly_typed(trt: Any) -> int:
     return 1 << int(flag) if flag is not None else 0
 
 
-def _write_cast(source: Path, folder: Path, precision: str) -> Path:
-    """The graph in ``precision``: ``source`` itself for fp32 and for int8, whose QDQ it has, else a new file."""
-    model, modified = cast(ir.load(source), "fp32" if precision == "int8" else precision)
+def _write_cast(source: Path, folder: Path, precision: str, islands: Collection[str]) -> Path:
+    """The graph in ``precision`` but for its ``islands``: ``source`` itself for fp32, else a new file."""
+    model, modified = cast(ir.load(source), "fp16" if precision in QUANTIZED else precision, islands)
     if not modified:
         return source
     for node in model.graph:
