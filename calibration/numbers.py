@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 NEAREST_ZERO = 1e-30  # the least scale: its reciprocal is a float32 too
-LEAST_HALF = float(np.finfo(np.float16).smallest_subnormal)
+HALF = np.finfo(np.float16)
 LEAST_EXPONENT, MANTISSA = -6, 3  # of E4M3
 
 
@@ -28,7 +28,8 @@ class Numbers:
     """One kind of numbers.
 
     most: the greatest; the least is its negative. round: float array in steps of its scale to numbers. spacing: how
-    far apart the numbers are at a magnitude. half: whether scales must be fp16 too, for graphs that compute in it.
+    far apart the numbers are at a magnitude. widest: the widest range worth trying, of what was seen. half: whether
+    scales must be fp16 too, for graphs that compute in it.
     """
 
     name: str
@@ -36,21 +37,34 @@ class Numbers:
     most: float
     round: Callable[[Array], Array]
     spacing: Callable[[Array], Array]
+    widest: float = 1.0
     half: bool = False
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether they are whole numbers, as far apart everywhere."""
+        return self.dtype == ir.DataType.INT8
 
     def scale(self, peak: Array | float) -> Array:
         """The scale, float32, with which magnitudes up to ``peak`` are not cut off."""
-        exact = np.maximum(np.asarray(peak, np.float64) / self.most, LEAST_HALF if self.half else NEAREST_ZERO)
+        return self.held(np.asarray(peak, np.float64) / self.most)
+
+    def held(self, scale: Array | float) -> Array:
+        """The least scale that the graph can hold and that is no smaller, float32."""
+        exact = np.maximum(np.asarray(scale, np.float64), NEAREST_ZERO)
         if not self.half:
             return exact.astype(np.float32)
-        nearest = exact.astype(np.float16)
-        above: Array = np.where(nearest < exact, np.nextafter(nearest, np.float16(np.inf)), nearest)
-        return above.astype(np.float32)
+        # Beyond fp16 only the scales of islands are, which are float32.
+        inside = np.clip(exact, HALF.smallest_subnormal, HALF.max)
+        nearest = inside.astype(np.float16)
+        above = np.where(nearest < inside, np.nextafter(nearest, HALF.max), nearest)
+        held: Array = np.where(exact > inside, exact, above).astype(np.float32)
+        return held
 
     def place(self, sizes: Array) -> Array:
         """Which number, counted from 0, a magnitude in steps of the scale is held as: 0 to ``most`` or fewer."""
         rounded = self.round(sizes)
-        return rounded.astype(int) if self.dtype == ir.DataType.INT8 else rounded.view(np.uint8).astype(int)
+        return rounded.astype(int) if self.is_whole else rounded.view(np.uint8).astype(int)
 
     def error(self, sizes: Array) -> Array:
         """The mean squared error of magnitudes in steps of the scale.
@@ -66,7 +80,7 @@ class Numbers:
 
 
 def _whole(values: Array) -> Array:
-    steps = np.rint(values)
+    steps = np.asarray(np.rint(values))
     rounded: Array = np.clip(steps, -127, 127, out=steps).astype(np.int8)
     return rounded
 
@@ -79,12 +93,14 @@ def _e4m3(values: Array) -> Array:
 
 def _e4m3_spacing(sizes: Array) -> Array:
     _, exponent = np.frexp(sizes)  # sizes = m·2^exponent, m from 1/2 to 1
-    return np.exp2(np.maximum(np.where(sizes > 0, exponent - 1, LEAST_EXPONENT), LEAST_EXPONENT) - MANTISSA)
+    spacing: Array = np.exp2(np.maximum(np.where(sizes > 0, exponent - 1, LEAST_EXPONENT), LEAST_EXPONENT) - MANTISSA)
+    return spacing
 
 
 INT8 = Numbers("int8", ir.DataType.INT8, 127, _whole, np.ones_like)
 """-128 is not used, so that a value and its negative are alike."""
-FP8 = Numbers("fp8", ir.DataType.FLOAT8E4M3FN, 448, _e4m3, _e4m3_spacing)
+FP8 = Numbers("fp8", ir.DataType.FLOAT8E4M3FN, 448, _e4m3, _e4m3_spacing, widest=2.0)
+"""A range twice as wide has the same numbers again one octave lower, so in between all places for the octaves are."""
 NUMBERS = {numbers.name: numbers for numbers in (INT8, FP8)}
 
 

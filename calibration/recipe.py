@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from calibration import bias, quantize, ranges, smooth
 from calibration.layers import Layer, find
+from calibration.numbers import INT8, Numbers
 from calibration.observe import Statistics
 from calibration.precision import from_timestep_alone
 from calibration.split import split
@@ -24,9 +25,13 @@ from runtimes.errors import DexportError
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to quantize. observer: one of calibration.ranges. keep: blocks that stay in floating point, by name."""
+    """How to quantize. observer: one of calibration.ranges. keep: blocks that stay in floating point, by name.
+
+    smooth: even out channels, where ``numbers`` are whole: floats err by the same share of small and large ones.
+    """
 
     observer: str = "mse"
+    numbers: Numbers = INT8
     smooth: bool = True
     correct_bias: bool = True
     keep: frozenset[str] = frozenset()
@@ -49,18 +54,18 @@ def apply(model: ir.Model, statistics: Statistics, recipe: Recipe) -> tuple[ir.M
     scales: dict[str, float] = {}
     for layer in layers:
         why = None if block(layer.name) not in recipe.keep else "kept in floating point by the plan"
-        why = why or _measure(layer, statistics, recipe.observer, scales)
+        why = why or _measure(layer, statistics, recipe, scales)
         if why:
             left[layer.name] = why
         else:
             chosen.append(layer)
     smoothed: dict[str, float] = {}
-    if recipe.smooth:
+    if recipe.smooth and recipe.numbers.is_whole:
         model, smoothed = smooth.smooth(model, chosen, statistics.values, scales)
     if recipe.correct_bias:  # the means that were observed are those of inputs as they were
         as_they_were = [layer for layer in chosen if str(layer.input.name) not in smoothed]
-        model, _ = bias.correct(model, as_they_were, statistics.values)
-    model, _ = quantize.write(model, chosen, scales | smoothed)
+        model, _ = bias.correct(model, as_they_were, statistics.values, recipe.numbers)
+    model, _ = quantize.write(model, chosen, scales | smoothed, recipe.numbers)
     return model, Done(tuple(layer.name for layer in chosen), tuple(smoothed), left)
 
 
@@ -97,7 +102,7 @@ def block(name: str) -> str:
     return ".".join(parts[: found + 1]) if found else name
 
 
-def _measure(layer: Layer, statistics: Statistics, observer: str, scales: dict[str, float]) -> str | None:
+def _measure(layer: Layer, statistics: Statistics, recipe: Recipe, scales: dict[str, float]) -> str | None:
     """Add the scales that a layer needs; return why it has none."""
     for value in (layer.input, layer.output) if layer.kind == "conv" else (layer.input,):
         name = str(value.name)
@@ -108,7 +113,7 @@ def _measure(layer: Layer, statistics: Statistics, observer: str, scales: dict[s
         observed = statistics.values[name]
         if observed.peak == 0:
             return "its input was only zeros" if value is layer.input else "its output was only zeros"
-        scales[name] = ranges.scale(observed, observer)
+        scales[name] = ranges.scale(observed, recipe.observer, recipe.numbers)
     return None
 
 

@@ -76,15 +76,17 @@ def _switch(
 ) -> ir.Value:
     value, name = layer.input, f"switch_{number}"
     scale = add_constant(
-        graph, f"{name}_scale", np.float32(ranges.scale(statistics.values[str(value.name)], recipe.observer))
+        graph,
+        f"{name}_scale",
+        np.float32(ranges.scale(statistics.values[str(value.name)], recipe.observer, recipe.numbers)),
     )
-    zero = add_constant(graph, f"{name}_zero", np.int8(0))
+    zero = add_constant(graph, f"{name}_zero", recipe.numbers.round(np.zeros(())))
     place = add_constant(graph, f"{name}_place", np.int64(index))
 
     def add(operator: str, inputs: Sequence[ir.Value], what: str, dtype: Any = ir.DataType.FLOAT) -> ir.Value:
         return add_node(layer.node, operator, inputs, f"{name}_{what}", dtype)
 
-    numbers = add("QuantizeLinear", [value, scale, zero], "numbers", ir.DataType.INT8)
+    numbers = add("QuantizeLinear", [value, scale, zero], "numbers", recipe.numbers.dtype)
     rounded = add("DequantizeLinear", [numbers, scale, zero], "rounded")
     error = add("Sub", [rounded, value], "error")
     part = add("Mul", [error, add("Gather", [switches, place], "on")], "part")

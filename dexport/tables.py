@@ -42,13 +42,12 @@ def bundles(built: Sequence[Built]) -> None:
 
 def quantization(found: Mapping[str, Any]) -> str:
     """What was quantized, what was kept and why, in a line."""
-    layers = f"{found['quantized']} layers in int8"
-    if "psnr_db" not in found:
-        return f"{layers}; budget {found['budget']}"
+    layers = f"{found['quantized']} layers in 8 bits"
+    where = f", {found['simulated']}" if "simulated" in found else ""
     kept = f"{len(found['kept'])} blocks kept in floating point" if found["kept"] else "no block kept in floating point"
     return (
         f"{layers}, {kept}; pictures {median(found['psnr_db']):.1f} dB from fp32 "
-        f"(median of {len(found['psnr_db'])}, at least {found['budget_psnr_db']:g} asked for)"
+        f"(median of {len(found['psnr_db'])}, at least {found['budget_psnr_db']:g} asked for{where})"
     )
 
 

@@ -118,24 +118,21 @@ def _fp16(found: Mapping[str, Any]) -> str:
 def _quantization(found: Mapping[str, Any]) -> str:
     """What is in 8 bits and what is not, why, and what it cost."""
     parts = [f"<h2>Quantization: {found['quantized']} layers in 8 bits</h2>"]
-    if "psnr_db" in found:
-        rows = [(prompt, f"{value:.1f}") for prompt, value in zip(found["prompts"], found["psnr_db"], strict=True)]
-        tries = [(str(one["kept"]), f"{one['psnr_median_db']:.1f}") for one in found["attempts"]]
-        kept = [(name, f"{noise:.2e}") for name, noise in found["kept"].items()]
-        run = found["calibration"]
-        parts += [
-            f"<p>Pictures of {found['steps']} steps against fp32's, at the same seeds; the median must be at least "
-            f"{found['budget_psnr_db']:g} dB.</p>",
-            _table(("prompt, not calibrated with", "PSNR, dB"), rows),
-            "<h3>Tries</h3>" + _table(("blocks kept in floating point", "median PSNR, dB"), tries),
-            "<h3>Kept in floating point, the noisiest for their work first</h3>"
-            + _table(("block", "share of noise in the output, were it quantized"), kept),
-            f"<h3>Calibration: {run['calls']} calls</h3>"
-            + _table(("timestep", "ranges reached here"), [(t, str(n)) for t, n in run["by_timestep"].items()])
-            + _table(("prompt", "ranges reached here"), [(name, str(n)) for name, n in run["by_prompt"].items()]),
-        ]
-    else:
-        parts.append(f"<p>Budget {escape(found['budget'])}.</p>")
+    rows = [(prompt, f"{value:.1f}") for prompt, value in zip(found["prompts"], found["psnr_db"], strict=True)]
+    tries = [(str(one["kept"]), f"{one['psnr_median_db']:.1f}") for one in found["attempts"]]
+    kept = [(name, f"{noise:.2e}") for name, noise in found["kept"].items()]
+    run = found["calibration"]
+    parts += [
+        f"<p>Pictures of {found['steps']} steps against fp32's, at the same seeds; the median must be at least "
+        f"{found['budget_psnr_db']:g} dB{', ' + found['simulated'] if 'simulated' in found else ''}.</p>",
+        _table(("prompt, not calibrated with", "PSNR, dB"), rows),
+        "<h3>Tries</h3>" + _table(("blocks kept in floating point", "median PSNR, dB"), tries),
+        "<h3>Kept in floating point, the noisiest for their work first</h3>"
+        + _table(("block", "share of noise in the output, were it quantized"), kept),
+        f"<h3>Calibration: {run['calls']} calls</h3>"
+        + _table(("timestep", "ranges reached here"), [(t, str(n)) for t, n in run["by_timestep"].items()])
+        + _table(("prompt", "ranges reached here"), [(name, str(n)) for name, n in run["by_prompt"].items()]),
+    ]
     parts.append("<h3>Layers left in floating point</h3>" + _table(("layer", "why"), list(found["left"].items())))
     return "\n".join(parts)
 

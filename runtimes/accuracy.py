@@ -87,6 +87,7 @@ BANDS = {
     "w8": Band(graph=20.0, latents=14.0, image=20.0),
     "w4": Band(graph=8.0, latents=4.0, image=10.0),
     "int8": Band(graph=16.0, latents=10.0, image=18.0),
+    "fp8": Band(graph=16.0, latents=10.0, image=18.0),
 }
 """The noise that each precision has anyway, and room for deeper models.
 

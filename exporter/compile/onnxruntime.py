@@ -39,7 +39,7 @@ from runtimes.manifest import Graph
 from runtimes.session import require
 from runtimes.target import Target
 
-WHY = "ONNX Runtime's CPU kernels have no bf16 arithmetic, and fp16 is slower than fp32 there"
+WHY = "ONNX Runtime's CPU kernels have no bf16 arithmetic and no fp8, and fp16 is slower than fp32 there"
 LONG = 1024 * 1024  # queries × keys from which MultiHeadAttention is faster (see above)
 WIDEST_HEAD = 160  # the widest head measured to be so
 MICROSOFT = "com.microsoft"

@@ -16,21 +16,23 @@ import onnx_ir as ir
 
 from calibration.precision import cast
 from runtimes import cuda
-from runtimes.backends.tensorrt import flavour, make_logger, missing
+from runtimes.backends.tensorrt import flavour, has_fp8, make_logger, missing
 from runtimes.backends.tensorrt import precisions as gpu_precisions
 from runtimes.errors import DexportError, Progress
 from runtimes.manifest import Graph
 from runtimes.target import Target
 
 WHY = "its GPU has no kernels for it"
-QUANTIZED = ("int8",)  # layers as the graph's QDQ says; what is beside them is fp16, which a GPU is fast with
+QUANTIZED = ("int8", "fp8")  # layers as the graph's QDQ says; what is beside them is fp16, which a GPU is fast with
 
 
 def precisions(target: Target) -> tuple[str, ...]:
     """What the target's GPU computes in; for this machine's GPU where none is here, what GPUs of today do."""
-    if target.device != "local":
-        return (*gpu_precisions(target.device), "int8")
-    return (*(("fp32", "fp16", "bf16") if missing() else gpu_precisions(cuda.gpu().capability)), "int8")
+    local = target.device == "local"
+    if local and missing():
+        return ("fp32", "fp16", "bf16", *QUANTIZED)
+    gpu = cuda.gpu().capability if local else target.device
+    return (*gpu_precisions(gpu), *(precision for precision in QUANTIZED if precision != "fp8" or has_fp8(gpu)))
 
 
 def computes_in_fp16(target: Target, precision: str) -> bool:

@@ -1,0 +1,149 @@
+"""A checkpoint whose decoder goes beyond fp16: its build finds where, keeps that in float32, and says so."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from onnx.reference import ReferenceEvaluator
+from safetensors.numpy import load_file, save_file
+
+from calibration import islands
+from calibration.islands import Found
+from calibration.precision import cast
+from exporter import cache, hub
+from exporter.build import build
+from exporter.compile import compile_graph, computes_in_fp16
+from runtimes import bundle
+from runtimes.accuracy import BANDS, compare
+from runtimes.backends.openvino import HINT
+from runtimes.errors import DexportError
+from runtimes.manifest import Model
+from runtimes.session import Array, backend, require
+from runtimes.target import Target
+from tests.exporter.graphs import SAMPLES, relative
+
+SCALE = 2.0**20  # a power of two: in float32 nothing changes, to the last bit
+
+
+@dataclass(frozen=True)
+class Hot:
+    """A checkpoint with values of a million in its decoder, between two convolutions; its hub, and what was found."""
+
+    checkpoint: Path
+    hub: Path
+    model: Model
+    found: Found
+
+
+@pytest.fixture(scope="module")
+def hot(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Hot:
+    folder = tmp_path_factory.mktemp("hot")
+    checkpoint = Path(shutil.copytree(tiny_sd, folder / "checkpoint"))
+    file = checkpoint / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = {name: value.astype(np.float32) for name, value in load_file(file).items()}
+    for name in ("post_quant_conv.weight", "post_quant_conv.bias"):
+        weights[name] *= SCALE
+    weights["decoder.conv_in.weight"] /= SCALE
+    save_file(weights, file)
+    model = hub.export(checkpoint, folder / "hub")
+    return Hot(checkpoint, folder / "hub", model, islands.find(model, folder / "hub"))
+
+
+def decode(model: ir.Model, folder: Path) -> Array:
+    """By ONNX's reference evaluator: ONNX Runtime's CPU kernels run fp16 nodes in float32, so nothing overflows."""
+    latents = np.random.default_rng(0).standard_normal((1, 4, 16, 16)).astype(np.float32)
+    ir.save(model, folder / "model.onnx", external_data="model.onnx.data")
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.asarray(ReferenceEvaluator(str(folder / "model.onnx")).run(None, {"sample": latents})[0])
+
+
+def test_the_island_makes_the_decoder_right(hot: Hot, tiny_hub: Path, tmp_path: Path) -> None:
+    file = hot.hub / hot.model.graphs["decoder"].file
+    expected = decode(ir.load(file), tmp_path)
+    np.testing.assert_array_equal(decode(ir.load(tiny_hub / "decoder" / "model.onnx"), tmp_path), expected)
+    plain, _ = cast(ir.load(file), "fp16")
+    assert compare(expected, decode(plain, tmp_path)).sqnr_db < 20  # NaN counts as -200
+    kept, _ = cast(ir.load(file), "fp16", hot.found.nodes("decoder"))
+    assert compare(expected, decode(kept, tmp_path)).sqnr_db > BANDS["fp16"].graph
+
+
+def test_only_what_is_beyond_is_kept(hot: Hot) -> None:
+    report = hot.found.report()["graphs"]
+    assert set(report) == {"text", "denoiser", "decoder", "encoder"}
+    assert all(not graph["islands"] for name, graph in report.items() if name != "decoder")
+    (island,) = report["decoder"]["islands"]
+    assert (island["first"], island["last"]) == ("vae.post_quant_conv", "vae.decoder.conv_in")
+    assert island["nodes"] == 2 == len(hot.found.nodes("decoder"))
+    assert report["decoder"]["peak"] == island["peak"] > 65504
+    assert len(hot.found.prompts) == 4
+
+
+def test_a_quantized_denoiser_s_nodes_are_those_of_its_own_graph(hot: Hot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that are split in two must be named as they are then."""
+    monkeypatch.setattr("calibration.overflow.MARGIN", 1.0)
+    found = islands.find(hot.model, hot.hub, ["red"] * 4, quantized=True)
+    names = {str(node.name) for node in islands.split(ir.load(hot.hub / "denoiser/model.onnx"))[0].graph}
+    plain = {str(node.name) for node in ir.load(hot.hub / "denoiser/model.onnx").graph}
+    assert names - plain and found.nodes("denoiser") <= names
+    assert found.nodes("decoder") == hot.found.nodes("decoder")
+
+
+def test_a_build_names_the_island(hot: Hot, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("red apple\nblue apple\nred\nblue\n")
+    from exporter.quantized import Quantization
+
+    (built,) = build(
+        hot.checkpoint, tmp_path / "bundle", targets="tensorrt:sm89=fp16", quantization=Quantization(prompts=prompts)
+    )
+    told = bundle.load_manifest(built.folder).accuracy["fp16"]
+    assert told["prompts"] == ["red apple", "blue apple", "red", "blue"] and told["limit"] == 65504
+    (island,) = told["graphs"]["decoder"]["islands"]
+    assert (island["first"], island["last"]) == ("vae.post_quant_conv", "vae.decoder.conv_in")
+    page = (built.folder / "report.html").read_text()
+    assert "1 islands in float32" in page and "vae.post_quant_conv" in page
+
+
+def test_who_computes_in_fp16_and_what_a_cached_graph_depends_on(hot: Hot) -> None:
+    yes = ("tensorrt:sm75=fp16", "tensorrt:sm89=int8", "openvino:gpu=fp16", "openvino:npu=fp16", "openvino:gpu=int8")
+    no = ("tensorrt:sm89=bf16", "tensorrt:sm89=fp32", "openvino=fp16", "openvino:gpu=bf16", "onnxruntime=int8")
+    for words in yes + no:
+        target, _, precision = words.partition("=")
+        assert computes_in_fp16(Target.parse(target), precision) == (words in yes)
+    graph = hot.model.graphs["decoder"]
+    keys = {cache.key(hot.hub / graph.file, graph, "x", "fp16", 1, "", kept) for kept in ((), ("a",), ("a", "b"))}
+    assert len(keys) == 3 and cache.key(hot.hub / graph.file, graph, "x", "fp16", 1, "", {"b", "a"}) in keys
+
+
+def test_openvino_keeps_an_island_exact(tmp_path: Path) -> None:
+    """The IR for a GPU, run on a CPU under the hint bf16: what is marked for the one is marked for the other."""
+    if "bf16" not in backend("openvino").devices()[0].precisions:
+        pytest.skip("this CPU has no bf16")
+    sample = SAMPLES["decoder"]()
+    names = {str(node.name) for node in ir.load(sample.source).graph}
+    inputs = sample.inputs(1, 1)
+    errors = []
+    for index, kept in enumerate((frozenset[str](), frozenset(names))):
+        output = tmp_path / str(index)
+        output.mkdir()
+        made = compile_graph(sample.source, sample.graph, output, Target.parse("openvino:gpu"), "fp16", islands=kept)
+        assert made.properties[HINT] == "f16"
+        graph = sample.graph.__class__(made.kind, made.file, made.inputs, made.outputs, {HINT: "bf16"})
+        session = require("openvino").open(output / "model.xml", graph, "cpu", 2, None)
+        errors.append(relative(session.run(inputs)["image"], sample.expected(inputs)))
+    assert errors[1] < errors[0] / 3
+
+
+def test_a_name_of_another_graph_is_refused(tmp_path: Path) -> None:
+    sample = SAMPLES["text"]()
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    with pytest.raises(DexportError, match="no node 'nobody' to keep in float32"):
+        compile_graph(
+            sample.source, sample.graph, tmp_path, Target.parse("tensorrt:sm89"), "fp16", islands={"nobody"}
+        )  # fmt: skip
