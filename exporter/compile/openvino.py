@@ -19,7 +19,7 @@ from __future__ import annotations
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,13 +101,14 @@ def _narrowed(source: Path, folder: Path, precision: str) -> Path:
 
 def _ends(source: Path, islands: Collection[str]) -> list[tuple[set[str], set[str]]]:
     """The names of the inputs and of the outputs of each node in ``islands``."""
-    if not islands:
-        return []
-    nodes = [node for node in ir.load(source).graph if node.name in islands]
-    return [
-        tuple({str(value.name) for value in values if value is not None} for values in (node.inputs, node.outputs))
-        for node in nodes
-    ]  # type: ignore[misc]  # it is a pair
+    nodes = [node for node in ir.load(source).graph if node.name in islands] if islands else []
+    if lost := sorted(set(islands) - {str(node.name) for node in nodes}):
+        raise DexportError(f"there is no node {lost[0]!r} to keep in float32; find the islands of this very graph")
+    return [(_names(node.inputs), _names(node.outputs)) for node in nodes]
+
+
+def _names(values: Sequence[ir.Value | None]) -> set[str]:
+    return {str(value.name) for value in values if value is not None}
 
 
 def _write(
