@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,14 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 from safetensors.numpy import load_file, save_file
 
-from calibration import islands
+from calibration import islands, overflow
 from calibration.islands import Found
 from calibration.precision import cast
+from calibration.split import split
 from exporter import cache, hub
 from exporter.build import build
 from exporter.compile import compile_graph, computes_in_fp16
+from exporter.quantized import Quantization
 from runtimes import bundle
 from runtimes.accuracy import BANDS, compare
 from runtimes.backends.openvino import HINT
@@ -27,14 +30,15 @@ from runtimes.session import Array, backend, require
 from runtimes.target import Target
 from tests.exporter.graphs import SAMPLES, relative
 
+PROMPTS = ["red apple", "blue apple", "red", "blue"]
 SCALE = 2.0**16  # a power of two: in float32 nothing changes, to the last bit; the weights stay within fp16
 
 
 @dataclass(frozen=True)
 class Hot:
-    """A checkpoint with values of millions in its decoder, between two convolutions; its hub, and what was found."""
+    """What was built for a GPU of a checkpoint with values of millions between two convolutions of its decoder."""
 
-    checkpoint: Path
+    bundle: Path
     hub: Path
     model: Model
     found: Found
@@ -50,8 +54,10 @@ def hot(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Hot:
         weights[name] *= SCALE
     weights["decoder.conv_in.weight"] /= SCALE
     save_file(weights, file)
-    model = hub.export(checkpoint, folder / "hub")
-    return Hot(checkpoint, folder / "hub", model, islands.find(model, folder / "hub"))
+    asked = Quantization(prompts=PROMPTS)
+    build(checkpoint, folder / "bundle", targets="openvino:gpu=fp16", keep_hub=folder / "hub", quantization=asked)
+    model = hub.load(folder / "hub")
+    return Hot(folder / "bundle", folder / "hub", model, islands.find(model, folder / "hub", PROMPTS))
 
 
 def decode(model: ir.Model, folder: Path) -> Array:
@@ -80,34 +86,33 @@ def test_only_what_is_beyond_is_kept(hot: Hot) -> None:
     assert (island["first"], island["last"]) == ("vae.post_quant_conv", "vae.decoder.conv_in")
     assert island["nodes"] == 2 == len(hot.found.nodes("decoder"))
     assert report["decoder"]["peak"] == island["peak"] > 65504
-    assert len(hot.found.prompts) == 4
 
 
-def test_a_quantized_denoiser_s_nodes_are_those_of_its_own_graph(hot: Hot, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers that are split in two must be named as they are then."""
-    monkeypatch.setattr("calibration.overflow.MARGIN", 1.0)
-    found = islands.find(hot.model, hot.hub, ["red"] * 4, quantized=True)
-    names = {str(node.name) for node in islands.split(ir.load(hot.hub / "denoiser/model.onnx"))[0].graph}
-    plain = {str(node.name) for node in ir.load(hot.hub / "denoiser/model.onnx").graph}
-    assert names - plain and found.nodes("denoiser") <= names
-    assert found.nodes("decoder") == hot.found.nodes("decoder")
+def test_a_quantized_denoiser_s_nodes_are_of_its_own_graph(hot: Hot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that are split in two must be named as they are then: with the limit at 0 every node is in an island."""
+    monkeypatch.setattr(islands, "islands", partial(overflow.islands, limit=0.0))
+    file = hot.hub / hot.model.graphs["denoiser"].file
+    plain, parts = ({str(node.name) for node in graph.graph} for graph in (ir.load(file), split(ir.load(file))[0]))
+    for quantized, own, other in ((True, parts, plain), (False, plain, parts)):
+        found = islands.find(hot.model, hot.hub, PROMPTS[:1], quantized=quantized).nodes("denoiser")
+        assert found <= own and found - other
 
 
-def test_a_build_names_the_island(hot: Hot, tmp_path: Path) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("red apple\nblue apple\nred\nblue\n")
-    from exporter.quantized import Quantization
-
-    (built,) = build(
-        hot.checkpoint, tmp_path / "bundle", targets="tensorrt:sm89=fp16", quantization=Quantization(prompts=prompts)
-    )
-    told = bundle.load_manifest(built.folder).accuracy["fp16"]
-    assert told["prompts"] == ["red apple", "blue apple", "red", "blue"] and told["limit"] == 65504
+def test_a_build_names_the_island(hot: Hot) -> None:
+    told = bundle.load_manifest(hot.bundle).accuracy["fp16"]
+    assert told["prompts"] == PROMPTS and told["limit"] == 65504
     (island,) = told["graphs"]["decoder"]["islands"]
     assert (island["first"], island["last"]) == ("vae.post_quant_conv", "vae.decoder.conv_in")
-    page = (built.folder / "report.html").read_text()
+    page = (hot.bundle / "report.html").read_text()
     assert "1 islands in float32" in page and "vae.post_quant_conv" in page
+
+
+def test_an_engine_is_built_with_its_island(hot: Hot, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    graph, target = hot.model.graphs["decoder"], Target.parse("tensorrt:sm89")
+    kept = hot.found.nodes("decoder")
+    built = compile_graph(hot.hub / graph.file, graph, tmp_path, target, "fp16", max_batch=1, islands=kept)
+    assert (tmp_path / Path(built.file).name).stat().st_size > 10_000
 
 
 def test_who_computes_in_fp16_and_what_a_cached_graph_depends_on(hot: Hot) -> None:
