@@ -13,11 +13,14 @@ import onnx_ir as ir
 
 from calibration.graph import add_constant, readers, release, replace_input
 from calibration.layers import Layer, along
+from calibration.numbers import INT8, Numbers
 from calibration.observe import Observed
 from calibration.quantize import round_weight, weight_scale
 
 
-def correct(model: ir.Model, layers: Sequence[Layer], statistics: Mapping[str, Observed]) -> tuple[ir.Model, bool]:
+def correct(
+    model: ir.Model, layers: Sequence[Layer], statistics: Mapping[str, Observed], numbers: Numbers = INT8
+) -> tuple[ir.Model, bool]:
     """Correct the biases of layers that are about to be quantized; ``statistics``: of their inputs as they are."""
     modified = False
     for layer in layers:
@@ -29,8 +32,10 @@ def correct(model: ir.Model, layers: Sequence[Layer], statistics: Mapping[str, O
         weight = layer.weight.const_value.numpy()
         if weight.shape[layer.in_axis] != len(mean):
             continue  # a grouped convolution
-        scale = weight_scale(weight, layer.out_axis)
-        rounded = round_weight(weight, scale, layer.out_axis) * along(scale, layer.out_axis, weight.ndim)
+        scale = weight_scale(weight, layer.out_axis, numbers)
+        rounded = round_weight(weight, scale, layer.out_axis, numbers).astype(np.float32) * along(
+            scale, layer.out_axis, weight.ndim
+        )
         shift = (rounded - weight) * along(mean, layer.in_axis, weight.ndim)
         others = tuple(axis for axis in range(weight.ndim) if axis != layer.out_axis)
         corrected = (bias.const_value.numpy() - shift.sum(axis=others, dtype=np.float64)).astype(np.float32)

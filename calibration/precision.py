@@ -8,6 +8,7 @@ one's back. So a precision is a property of the graph, and this pass is where it
   magnitudes. ``Attention`` takes narrow inputs and is told to do its softmax in float32.
 - What is computed from the timestep alone stays float32: it is small, and every layer depends on it.
 - What the caller names stays float32: the islands where values go beyond fp16 (calibration/overflow.py finds them).
+- ``QuantizeLinear`` takes its input as it comes, in float32 too, and ``DequantizeLinear`` gives what its readers want.
 - Everything else is narrow, where the operator's ONNX schema allows it. An input whose type the schema fixes
   (``Resize``'s scales) is left alone.
 """
@@ -24,7 +25,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import InlinePass, ShapeInferencePass
 
-from calibration.graph import release
+from calibration.graph import readers, release
 from runtimes.errors import DexportError
 
 NARROW = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
@@ -74,7 +75,8 @@ class _Caster:
         self.precision, self.narrow = precision, NARROW[precision]
         self.others: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
         self.high = from_timestep_alone(self.graph)
-        self.high |= {node for node in self.graph if node.op_type in HIGH or node.name in keep}
+        self.kept = {node for node in self.graph if node.name in keep}
+        self.high |= self.kept | {node for node in self.graph if node.op_type in HIGH}
 
     def run(self) -> None:
         for node in list(self.graph):
@@ -99,7 +101,7 @@ class _Caster:
     def _retype(self, node: ir.Node) -> None:
         """Give a node's float inputs the one type that it is to compute in, and say so of its outputs."""
         variables = self._variables(node)
-        high = node in self.high or not variables
+        high = node in self.high or not variables or self._is_wide_scale(node)
         wanted = ir.DataType.FLOAT if high else self.narrow
         for index, value in enumerate(node.inputs):
             if value is None or value.dtype not in (ir.DataType.FLOAT, self.narrow):
@@ -110,12 +112,22 @@ class _Caster:
                 node.replace_input_with(index, self._as(value, target, node))
         for index, output in enumerate(node.outputs):
             if output.dtype == ir.DataType.FLOAT and not high:
-                if _formal(self._schema(node).outputs, index).type_str in variables:
+                # What is dequantized has its scale's type, by a default that the schema does not tell.
+                if (
+                    node.op_type == "DequantizeLinear"
+                    or _formal(self._schema(node).outputs, index).type_str in variables
+                ):
                     output.dtype = self.narrow
             elif output.dtype is None:
                 raise DexportError(f"the type of {output.name!r} is unknown; export the graph with its types")
         if node.op_type == "Attention" and not high:
             node.attributes["softmax_precision"] = ir.AttrInt64("softmax_precision", ir.DataType.FLOAT.value)
+
+    def _is_wide_scale(self, node: ir.Node) -> bool:
+        """Whether a node quantizes a float32, or dequantizes for kept nodes alone: both may be beyond the limit."""
+        if node.op_type == "QuantizeLinear":
+            return node.inputs[0] is not None and node.inputs[0].dtype == ir.DataType.FLOAT
+        return node.op_type == "DequantizeLinear" and self.kept.issuperset(readers(node.outputs[0]))
 
     def _variables(self, node: ir.Node) -> set[str]:
         """The schema's type variables that hold a float32 here and may hold the narrow type: "T", "T1", ..."""

@@ -9,7 +9,7 @@ A wide range rounds coarsely, a narrow one cuts off. Four observers choose:
                  Migacz, "8-bit inference with TensorRT", 2017)
 
 A range is symmetric and its numbers are -127 to 127: TensorRT's kernels take no zero point, and OpenVINO's are faster
-without one.
+without one. The same observers choose for floats of 8 bits (calibration/numbers.py), with the errors that those make.
 """
 
 from __future__ import annotations
@@ -19,48 +19,42 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.numbers import INT8, Numbers
 from calibration.observe import HALF, OCTAVE, Observed, magnitudes
 from runtimes.errors import DexportError
 
 Array = NDArray[np.float64]
-MOST = 127  # the greatest number; -128 is not used, so that a value and its negative are alike
+MOST = int(INT8.most)
 SHARE = 2e-5  # of the values that are not 0, which the percentile observer cuts off
 NARROWEST = 0.2  # of what was seen: the narrowest range that mse and entropy try
 SMOOTH = 1e-4  # of the values: what entropy grants a bin that the quantized histogram says is empty
 TRIED = 81  # ranges that they try
-NEAREST_ZERO = 1e-30  # the least scale: its reciprocal is a float32 too
 
 
-def scale(observed: Observed, observer: str = "mse") -> float:
-    """The scale of a value, by one of ``OBSERVERS``: a float x is held as the whole number round(x / scale)."""
+def scale(observed: Observed, observer: str = "mse", numbers: Numbers = INT8) -> float:
+    """The scale of a value, by one of ``OBSERVERS``: a float x is held as the number nearest to x / scale."""
     if observer not in OBSERVERS:
         raise DexportError(f"no observer {observer!r}; there are {', '.join(OBSERVERS)}")
     sizes, counts = _folded(observed)
-    return float(np.float32(max(OBSERVERS[observer](sizes, counts, observed.peak) / MOST, NEAREST_ZERO)))
+    return float(numbers.scale(OBSERVERS[observer](sizes, counts, observed.peak, numbers)))
 
 
-def error_of(observed: Observed, scale: float) -> float:
+def error_of(observed: Observed, scale: float, numbers: Numbers = INT8) -> float:
     """The mean squared error of a value's elements with this scale."""
-    return error(*_folded(observed), scale * MOST)
+    return error(*_folded(observed), scale * numbers.most, numbers)
 
 
-def error(sizes: Array, counts: Array, limit: float) -> float:
-    """Mean squared error of magnitudes with their counts, rounded to 127 steps up to ``limit`` and cut off there.
-
-    Below one step a value becomes 0 or the step. Elsewhere the error of rounding is uniform, of variance step²/12:
-    the bins there are narrower than steps or full of values, and their middles would be rounded all to one side.
-    """
-    step = limit / MOST
-    rounding = np.where(sizes < step, np.minimum(sizes, step - sizes) ** 2, step**2 / 12)
-    squared = np.where(sizes > limit, (sizes - limit) ** 2, rounding)
-    return float((counts * squared).sum() / counts.sum())
+def error(sizes: Array, counts: Array, limit: float, numbers: Numbers) -> float:
+    """Mean squared error of magnitudes with their counts, rounded to numbers up to ``limit`` and cut off there."""
+    step = limit / numbers.most
+    return float((counts * numbers.error(sizes / step)).sum() / counts.sum()) * step**2
 
 
-def _min_max(sizes: Array, counts: Array, peak: float) -> float:
+def _min_max(sizes: Array, counts: Array, peak: float, numbers: Numbers) -> float:
     return peak
 
 
-def _percentile(sizes: Array, counts: Array, peak: float) -> float:
+def _percentile(sizes: Array, counts: Array, peak: float, numbers: Numbers) -> float:
     some = sizes > 0  # zeros need no range, and where nearly all are zeros the range would be one of nothing
     sizes, counts = sizes[some], counts[some]
     if not len(sizes):
@@ -69,30 +63,30 @@ def _percentile(sizes: Array, counts: Array, peak: float) -> float:
     return min(peak, float(sizes[min(place, len(sizes) - 1)]))
 
 
-def _mse(sizes: Array, counts: Array, peak: float) -> float:
-    return min(_tried(peak), key=lambda limit: error(sizes, counts, limit))
+def _mse(sizes: Array, counts: Array, peak: float, numbers: Numbers) -> float:
+    return min(_tried(peak, numbers.widest), key=lambda limit: error(sizes, counts, limit, numbers))
 
 
-def _entropy(sizes: Array, counts: Array, peak: float) -> float:
-    return min(_tried(peak), key=lambda limit: _divergence(sizes, counts, limit))
+def _entropy(sizes: Array, counts: Array, peak: float, numbers: Numbers) -> float:
+    return min(_tried(peak, 1.0), key=lambda limit: _divergence(sizes, counts, limit, numbers))
 
 
-OBSERVERS: Mapping[str, Callable[[Array, Array, float], float]] = {
+OBSERVERS: Mapping[str, Callable[[Array, Array, float, Numbers], float]] = {
     "min-max": _min_max,
     "percentile": _percentile,
     "mse": _mse,
     "entropy": _entropy,
 }
-"""Each takes magnitudes, ascending, their counts and the greatest one, and gives the range's end."""
+"""Each takes magnitudes, ascending, their counts, the greatest one and the numbers, and gives the range's end."""
 
 
-def _tried(peak: float) -> list[float]:
-    return [peak * float(part) for part in np.linspace(NARROWEST, 1, TRIED)]
+def _tried(peak: float, widest: float) -> list[float]:
+    return [peak * float(part) for part in np.linspace(NARROWEST, widest, TRIED)]
 
 
-def _divergence(sizes: Array, counts: Array, limit: float) -> float:
+def _divergence(sizes: Array, counts: Array, limit: float, numbers: Numbers) -> float:
     """Kullback-Leibler divergence of what the quantized numbers can tell of the histogram from the histogram."""
-    number = np.minimum(np.rint(sizes / limit * MOST), MOST).astype(int)
+    number = numbers.place(sizes / limit * numbers.most)
     inside = sizes <= limit
     if not inside.any():
         return np.inf

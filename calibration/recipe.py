@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from calibration import bias, quantize, ranges, smooth
 from calibration.layers import Layer, find
+from calibration.numbers import INT8, Numbers
 from calibration.observe import Statistics
 from calibration.precision import from_timestep_alone
 from calibration.split import split
@@ -29,10 +30,12 @@ CONVOLUTIONAL = 0.1  # of the multiplications: in a UNet half or more, in a tran
 class Recipe:
     """How to quantize. observer: one of calibration.ranges. keep: blocks that stay in floating point, by name.
 
-    dynamic: linear layers have their activations rounded by the runtime, token by token; see ``is_dynamic``.
+    dynamic: linear layers have their activations rounded by the runtime, token by token; see ``is_dynamic``. smooth:
+    even out channels, where ``numbers`` are whole: floats err by the same share of small and large ones.
     """
 
     observer: str = "mse"
+    numbers: Numbers = INT8
     dynamic: bool = False
     smooth: bool = True
     correct_bias: bool = True
@@ -62,7 +65,7 @@ def apply(model: ir.Model, statistics: Statistics, recipe: Recipe) -> tuple[ir.M
     for layer in layers:
         why = None if block(layer.name) not in recipe.keep else "kept in floating point by the plan"
         by_token = recipe.dynamic and layer.kind == "linear"
-        why = why or (None if by_token else _measure(layer, statistics, recipe.observer, scales))
+        why = why or (None if by_token else _measure(layer, statistics, recipe, scales))
         if why:
             left[layer.name] = why
         elif by_token:
@@ -70,12 +73,12 @@ def apply(model: ir.Model, statistics: Statistics, recipe: Recipe) -> tuple[ir.M
         else:
             chosen.append(layer)
     smoothed: dict[str, float] = {}
-    if recipe.smooth:
+    if recipe.smooth and recipe.numbers.is_whole:
         model, smoothed = smooth.smooth(model, chosen, statistics.values, scales)
     if recipe.correct_bias:  # the means that were observed are those of inputs as they were
         as_they_were = [layer for layer in chosen if str(layer.input.name) not in smoothed]
-        model, _ = bias.correct(model, as_they_were, statistics.values)
-    model, _ = quantize.write(model, chosen, scales | smoothed)
+        model, _ = bias.correct(model, as_they_were, statistics.values, recipe.numbers)
+    model, _ = quantize.write(model, chosen, scales | smoothed, recipe.numbers)
     model, modified = narrow(model, 8, GROUP, [layer.node for layer in dynamic])
     if modified:
         model.metadata_props[DYNAMIC] = str(GROUP)
@@ -130,7 +133,7 @@ def block(name: str) -> str:
     return ".".join(parts[: found + 1]) if found else name
 
 
-def _measure(layer: Layer, statistics: Statistics, observer: str, scales: dict[str, float]) -> str | None:
+def _measure(layer: Layer, statistics: Statistics, recipe: Recipe, scales: dict[str, float]) -> str | None:
     """Add the scales that a layer needs; return why it has none."""
     for value in (layer.input, layer.output) if layer.kind == "conv" else (layer.input,):
         name = str(value.name)
@@ -141,7 +144,7 @@ def _measure(layer: Layer, statistics: Statistics, observer: str, scales: dict[s
         observed = statistics.values[name]
         if observed.peak == 0:
             return "its input was only zeros" if value is layer.input else "its output was only zeros"
-        scales[name] = ranges.scale(observed, observer)
+        scales[name] = ranges.scale(observed, recipe.observer, recipe.numbers)
     return None
 
 

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from calibration import ranges
 from calibration.graph import add_constant, add_node
 from calibration.layers import Layer
+from calibration.numbers import NEAREST_ZERO
 from calibration.observe import Statistics
-from calibration.ranges import MOST, NEAREST_ZERO
+from calibration.ranges import MOST
 from calibration.recipe import Recipe, block, candidates
 from calibration.split import split
 from calibration.weights import GROUP
@@ -78,19 +79,22 @@ def _switch(
 ) -> ir.Value:
     value, name = layer.input, f"switch_{number}"
     scale = add_constant(
-        graph, f"{name}_scale", np.float32(ranges.scale(statistics.values[str(value.name)], recipe.observer))
+        graph,
+        f"{name}_scale",
+        np.float32(ranges.scale(statistics.values[str(value.name)], recipe.observer, recipe.numbers)),
     )
-    zero = add_constant(graph, f"{name}_zero", np.int8(0))
+    zero = add_constant(graph, f"{name}_zero", recipe.numbers.round(np.zeros(())))
     place = add_constant(graph, f"{name}_place", np.int64(index))
 
     def add(operator: str, inputs: Sequence[ir.Value], what: str, dtype: Any = ir.DataType.FLOAT) -> ir.Value:
         return add_node(layer.node, operator, inputs, f"{name}_{what}", dtype)
 
     if recipe.dynamic and layer.kind == "linear":
-        width = layer.weight.shape[layer.in_axis] if layer.weight.shape is not None else GROUP
+        assert layer.weight.const_value is not None
+        width = int(layer.weight.const_value.shape.numpy()[layer.in_axis])
         rounded = _round_in_groups(graph, add, value, name, GROUP if width % GROUP == 0 else width)
     else:
-        numbers = add("QuantizeLinear", [value, scale, zero], "numbers", ir.DataType.INT8)
+        numbers = add("QuantizeLinear", [value, scale, zero], "numbers", recipe.numbers.dtype)
         rounded = add("DequantizeLinear", [numbers, scale, zero], "rounded")
     error = add("Sub", [rounded, value], "error")
     part = add("Mul", [error, add("Gather", [switches, place], "on")], "part")

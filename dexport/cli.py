@@ -21,6 +21,7 @@ PRECISIONS = (
     "bf16",
     "fp16",
     "int8",
+    "fp8",
     "w8",
     "w4",
 )  # for completion alone; what a target can do, and why not, is its compiler's
@@ -81,7 +82,7 @@ def quantization_options(command: F) -> F:
         "--statistics", type=FOLDER, help="File of an earlier calibration: used if it is there, else written."
     )(calibration_options(command))
     return click.option(
-        "--budget", help="For int8: the least quality, as psnr=DB of the pictures' median. [default: psnr=30]"
+        "--budget", help="For int8 and fp8: the least quality, as psnr=DB of the pictures' median. [default: psnr=30]"
     )(command)
 
 
@@ -134,7 +135,7 @@ def main() -> None:
 @click.option(
     "--precision", "precisions", multiple=True, default=("fp32",), show_default=True,
     shell_complete=lambda ctx, param, word: [name for name in PRECISIONS if name.startswith(word)],
-    help="Precision: fp32, bf16, fp16, int8; w8 and w4 narrow the weights alone. May be given several times.",
+    help="Precision: fp32, bf16, fp16, int8, fp8; w8 and w4 narrow the weights alone. May be given several times.",
 )  # fmt: skip
 @click.option("-o", "--output", type=FOLDER, required=True, help="The bundle; with several, a folder of them.")
 @shape_options
@@ -171,8 +172,8 @@ def build(
     With one target and precision OUTPUT is the bundle; with several, the bundles are OUTPUT/TARGET-PRECISION.
     A bundle that misses its accuracy band or its budget is not written, and the exit code is 1.
 
-    int8 is calibrated on PROMPTS, the last quarter of them kept to judge by; blocks that cost too much quality for
-    the budget stay in floating point.
+    int8 and fp8 are calibrated on PROMPTS, the last quarter of them kept to judge by; blocks that cost too much
+    quality for the budget stay in floating point. Where a device computes in fp16, they show what is beyond it.
 
     \b
     Example:
@@ -261,7 +262,7 @@ def calibrate(
     "--target", type=TargetName(precise=True), required=True,
     help="Backend or backend:device; with =PRECISION, in that one.",
 )  # fmt: skip
-@click.option("--precision", default="fp32", show_default=True, help="Precision: fp32, bf16, fp16, int8, w8, w4.")
+@click.option("--precision", default="fp32", show_default=True, help="Precision: fp32, bf16, fp16, int8, fp8, w8, w4.")
 @click.option("-o", "--output", type=FOLDER, required=True, help="The bundle.")
 @quantization_options
 @compile_options

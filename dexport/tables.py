@@ -30,19 +30,24 @@ def bundles(built: Sequence[Built]) -> None:
     for item in built:
         if "why" in item.accuracy:
             click.echo(f"{item.folder}: gate not run: {item.accuracy['why']}; {item.accuracy['next']}")
+        for name, graph in item.accuracy.get("fp16", {"graphs": {}})["graphs"].items():
+            for one in graph["islands"]:
+                click.echo(
+                    f"{item.folder}: {name}: float32 from {one['first']} to {one['last']}: values up to "
+                    f"{one['peak']:.3g} are beyond fp16"
+                )
         if "quantization" in item.accuracy:
             click.echo(f"{item.folder}: {quantization(item.accuracy['quantization'])}")
 
 
 def quantization(found: Mapping[str, Any]) -> str:
     """What was quantized, what was kept and why, in a line."""
-    layers = f"{found['quantized']} layers in int8"
-    if "psnr_db" not in found:
-        return f"{layers}; budget {found['budget']}"
+    layers = f"{found['quantized']} layers in 8 bits"
+    where = f", {found['simulated']}" if "simulated" in found else ""
     kept = f"{len(found['kept'])} blocks kept in floating point" if found["kept"] else "no block kept in floating point"
     return (
         f"{layers}, {kept}; pictures {median(found['psnr_db']):.1f} dB from fp32 "
-        f"(median of {len(found['psnr_db'])}, at least {found['budget_psnr_db']:g} asked for)"
+        f"(median of {len(found['psnr_db'])}, at least {found['budget_psnr_db']:g} asked for{where})"
     )
 
 

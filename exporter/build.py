@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from calibration import islands
+from calibration.islands import Found
 from exporter import checkpoint as checkpoints
 from exporter import compile as compilers
 from exporter import gate, hub, quantized, report
@@ -58,8 +60,8 @@ def build(
     precision ``output`` is the bundle, else ``output/<target>-<precision>``. ``shape``: (height, width) in pixels.
     ``sampler``: the bundles' own, in place of the checkpoint's. ``max_batch``: the largest batch of an engine whose
     shapes are fixed when it is built. ``keep_hub``: keep the ONNX hub there. ``quantization``: for int8, how it is
-    calibrated and the quality that it must keep. Raises DexportError for bad input and
-    GateError for a missed band; each bundle is published whole or not at all.
+    calibrated and the quality that it must keep; its prompts also find where fp16 overflows. Raises DexportError for
+    bad input and GateError for a missed band; each bundle is published whole or not at all.
     """
     checkpoint, output = Path(checkpoint), Path(output)
     keep_hub = Path(keep_hub) if keep_hub else None
@@ -87,12 +89,12 @@ def build(
         )
         reference = gate.record(source, model, hub_folder, share(0.5, 1))
         recipe = {"shape": list(_shape(model)), "dynamic_shape": dynamic_shape, "max_batch": max_batch}
-        calibrated = quantized.prepare(model, hub_folder, settings, share(0.9, 1)) if settings else None
+        prepared = _prepare(model, hub_folder, pairs, settings, share(0.9, 1))
         built = []
         for index, ((target, precision), folder) in enumerate(zip(pairs, folders, strict=True), 1):
             with bundle.publish(folder, overwrite) as partial:
                 compiled, quality = _compile(
-                    hub_folder, model, partial, target, precision, max_batch, cache, calibrated,
+                    hub_folder, model, partial, target, precision, max_batch, cache, prepared,
                     share(index, index + 0.5),
                 )  # fmt: skip
                 gate.write_golden(reference, partial / bundle.GOLDEN)
@@ -146,26 +148,57 @@ def compile_hub(
     bundle.check_free(output, overwrite, [hub_folder])
     settings = _check_quantization(quantization, pairs)
     model = hub.load(hub_folder)
-    share = _shares(progress, 2 if settings else 1)
-    calibrated = quantized.prepare(model, hub_folder, settings, share(0, 1)) if settings else None
+    share = _shares(progress, 2)
+    prepared = _prepare(model, hub_folder, pairs, settings, share(0, 1))
     dynamic = any(isinstance(side, str) for side in _sample(model).shape[1:])
     recipe = {"shape": list(_shape(model)), "dynamic_shape": dynamic, "max_batch": max_batch}
     accuracy = {"gate": "not run", "why": "compiled from a hub, without its checkpoint", "next": "use dexport build"}
     with bundle.publish(output, overwrite) as partial:
-        last = share(1, 2) if calibrated else progress
-        compiled, quality = _compile(hub_folder, model, partial, where, precision, max_batch, cache, calibrated, last)
+        compiled, quality = _compile(
+            hub_folder, model, partial, where, precision, max_batch, cache, prepared, share(1, 2)
+        )
         return _write_manifest(partial, compiled, where, precision, recipe, {**accuracy, **quality})
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What was found out of a hub for all its bundles: for those that quantize, and for those that compute in fp16.
+
+    islands: by whether the denoiser is the one that is quantized.
+    """
+
+    calibrated: quantized.Calibrated | None
+    islands: Mapping[bool, Found]
+
+
+def _prepare(
+    model: Model, hub_folder: Path, pairs: Sequence[tuple[Target, str]], settings: quantized.Settings,
+    progress: Progress,
+) -> _Prepared:  # fmt: skip
+    is_quantized = [precision in quantized.PRECISIONS for _, precision in pairs]
+    kinds = {own for pair, own in zip(pairs, is_quantized, strict=True) if compilers.computes_in_fp16(*pair)}
+    share = _shares(progress, any(is_quantized) + len(kinds))
+    calibrated = quantized.prepare(model, hub_folder, settings, share(0, 1)) if any(is_quantized) else None
+    found = {
+        own: islands.find(
+            model, hub_folder, settings.prompts, quantized=own, progress=share(index, index + 1)
+        )
+        for index, own in enumerate(sorted(kinds), int(any(is_quantized)))
+    }  # fmt: skip
+    return _Prepared(calibrated, found)
 
 
 def _compile(
     hub_folder: Path, model: Model, output: Path, target: Target, precision: str, max_batch: int,
-    cache: Path | None, calibrated: quantized.Calibrated | None, progress: Progress,
+    cache: Path | None, prepared: _Prepared, progress: Progress,
 ) -> tuple[Model, Mapping[str, Any]]:  # fmt: skip
     """Compile each graph of a hub into ``output`` and copy the tokenizers.
 
-    Returns the model as the bundle has it, and what was measured while its denoiser was quantized, if it was.
+    Returns the model as the bundle has it, and what was measured on the way: of fp16's islands, of the quantization.
     """
     is_quantized = precision in quantized.PRECISIONS
+    found = prepared.islands[is_quantized] if compilers.computes_in_fp16(target, precision) else None
+    quality = {"fp16": found.report()} if found else {}
     later = {stage.denoiser for stage in model.stages} if is_quantized else set()
     graphs = dict(model.graphs)
     for index, (name, graph) in enumerate(model.graphs.items()):
@@ -175,31 +208,35 @@ def _compile(
         progress(f"{target} {own}: {name}", index / len(model.graphs))
         (output / name).mkdir()
         beside = compilers.compile_graph(
-            hub_folder / graph.file, graph, output / name, target, own, max_batch=max_batch, cache=cache
-        )
+            hub_folder / graph.file, graph, output / name, target, own, max_batch=max_batch,
+            islands=found.nodes(name) if found else frozenset(), cache=cache,
+        )  # fmt: skip
         graphs[name] = replace(beside, properties={**beside.properties, "precision": own}) if is_quantized else beside
     for tokenizer in model.tokenizers:
         (output / tokenizer.file).parent.mkdir(exist_ok=True)
         shutil.copyfile(hub_folder / tokenizer.file, output / tokenizer.file)
     compiled = replace(model, graphs=graphs)
-    if not is_quantized or calibrated is None:
-        return compiled, {}
-    made = quantized.make(calibrated, compiled, output, target, precision, max_batch, cache, progress)
-    return replace(model, graphs=graphs | {model.stages[0].denoiser: made.graph}), {"quantization": made.report}
+    if not is_quantized or prepared.calibrated is None:
+        return compiled, quality
+    name = model.stages[0].denoiser
+    made = quantized.make(
+        prepared.calibrated, compiled, output, target, precision, max_batch, cache, progress,
+        found.nodes(name) if found else frozenset(),
+    )  # fmt: skip
+    return replace(model, graphs=graphs | {name: made.graph}), {**quality, "quantization": made.report}
 
 
-def _check_quantization(
-    quantization: Quantization | None, pairs: Sequence[tuple[Target, str]]
-) -> quantized.Settings | None:
-    """What quantization is to do, or None; refuse settings that nothing uses, before the long work."""
-    if any(precision in quantized.PRECISIONS for _, precision in pairs):
-        return (quantization or Quantization()).checked()
-    if quantization is not None:
+def _check_quantization(quantization: Quantization | None, pairs: Sequence[tuple[Target, str]]) -> quantized.Settings:
+    """How to quantize, and the prompts to run; refuse settings that nothing uses, before the long work."""
+    asked = quantization or Quantization()
+    used = any(precision in quantized.PRECISIONS for _, precision in pairs)
+    only_prompts = asked == Quantization(prompts=asked.prompts)
+    if quantization and not used and not (only_prompts and any(compilers.computes_in_fp16(*pair) for pair in pairs)):
         raise DexportError(
             f"a budget, prompts and statistics are for {', '.join(quantized.PRECISIONS)}, and none is asked for; "
             f"add --precision {quantized.PRECISIONS[0]}"
         )
-    return None
+    return asked.checked()
 
 
 def _prove(

@@ -12,6 +12,7 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache as memoize
@@ -41,7 +42,10 @@ class Entry:
         return replace(self, seal=hashlib.sha256(text.encode()).hexdigest())
 
 
-def key(source: Path, graph: Graph, target: str, precision: str, max_batch: int, depends_on: str) -> str:
+def key(
+    source: Path, graph: Graph, target: str, precision: str, max_batch: int, depends_on: str,
+    islands: Collection[str] = frozenset(),
+) -> str:  # fmt: skip
     """The sha256, in hex, of everything that a compiled graph depends on: weights, shapes, flags, versions, code."""
     parts = {
         "onnx": {path.name: bundle.hash_file(path) for path in (source, *external_files(source))},
@@ -50,6 +54,7 @@ def key(source: Path, graph: Graph, target: str, precision: str, max_batch: int,
         "precision": precision,
         "max_batch": max_batch,
         "depends_on": depends_on,
+        "islands": sorted(islands),
         "code": _code(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import onnx_ir as ir
 from calibration import mixed, prompts, quality, recipe, sensitivity
 from calibration.calibrate import calibrate, source
 from calibration.coverage import coverage
+from calibration.numbers import NUMBERS, with_half_scales
 from calibration.observe import Statistics
 from calibration.observe import load as load_statistics
 from calibration.prompts import DEFAULT
@@ -23,14 +24,16 @@ from calibration.recipe import Done, Recipe
 from calibration.split import split
 from exporter import compile as compilers
 from exporter import hub as hubs
+from runtimes.backends.onnxruntime import OnnxRuntimeSession
 from runtimes.errors import DexportError, Progress, silent
 from runtimes.manifest import Graph, Model
 from runtimes.session import Session, require
 from runtimes.target import Target
 
-PRECISIONS = ("int8",)
-BESIDE = {"onnxruntime": "fp32", "openvino": "bf16", "tensorrt": "fp32"}
+PRECISIONS = tuple(NUMBERS)
+BESIDE = {"onnxruntime": "fp32", "openvino": "bf16", "tensorrt": "fp16"}
 """What the graphs beside the denoiser compute in, and what of it is not quantized, by backend."""
+SIMULATED = "simulated on ONNX Runtime: the same 8-bit numbers, fp32 beside them"
 BUDGET = "psnr=30"  # what is asked for where the user asks for nothing
 
 
@@ -117,58 +120,68 @@ def prepare(model: Model, hub: Path, settings: Settings, progress: Progress = si
 
 def make(
     calibrated: Calibrated, model: Model, output: Path, target: Target, precision: str, max_batch: int,
-    cache: Path | None, progress: Progress = silent,
+    cache: Path | None, progress: Progress = silent, islands: Collection[str] = frozenset(),
 ) -> Made:  # fmt: skip
     """Quantize and compile the denoiser into ``output``/denoiser for a target.
 
-    ``model``: with the other graphs as they were compiled into ``output``. Where this machine can run the target the
-    budget is kept, by leaving blocks in floating point if need be; elsewhere everything is quantized and nothing is
-    measured. Raises GateError where the budget cannot be met.
+    ``model``: with the other graphs as they were compiled into ``output``. ``islands``: nodes of the denoiser that stay
+    float32 where the rest of it is fp16. The budget is kept, by leaving blocks in floating point if need be. Where this
+    machine cannot run the target, what is judged is the quantized graph on ONNX Runtime. Raises GateError where the
+    budget cannot be met.
     """
     name = model.stages[0].denoiser
     hub_graph = calibrated.model.graphs[name]
     file = calibrated.hub / hub_graph.file
-    how = replace(calibrated.settings.recipe, dynamic=compilers.dynamic(target) and recipe.is_dynamic(ir.load(file)))
-    built: dict[frozenset[str], tuple[Graph, Done]] = {}
+    here = _runs_here(target)
+    numbers = NUMBERS[precision]
+    wanted = replace(
+        calibrated.settings.recipe,
+        dynamic=compilers.dynamic(target) and recipe.is_dynamic(ir.load(file)),
+        numbers=with_half_scales(numbers) if compilers.computes_in_fp16(target, precision) else numbers,
+    )
+    made: dict[frozenset[str], Graph] = {}
+    done: dict[frozenset[str], Done] = {}
     with tempfile.TemporaryDirectory(prefix=".quantized-", dir=output.parent) as work:
+
+        def write(keep: frozenset[str], folder: Path) -> Path:
+            graph, done[keep] = recipe.apply(ir.load(file), calibrated.statistics, replace(wanted, keep=keep))
+            onnx = folder / "model.onnx"
+            ir.save(graph, onnx, external_data=f"{onnx.name}.data", size_threshold_bytes=1024)
+            return onnx
 
         def compiled(keep: frozenset[str]) -> Path:
             folder = Path(work) / f"{len(keep)}" / name
-            folder.mkdir(parents=True)
-            chosen = replace(how, keep=keep)
-            with tempfile.TemporaryDirectory(prefix="hub-", dir=work) as quantized:
-                graph, done = recipe.apply(ir.load(file), calibrated.statistics, chosen)
-                onnx = Path(quantized) / "model.onnx"
-                ir.save(graph, onnx, external_data=f"{onnx.name}.data", size_threshold_bytes=1024)
-                made = compilers.compile_graph(
-                    onnx, hub_graph, folder, target, precision, max_batch=max_batch, cache=cache
-                )
-            built[keep] = made, done
+            if keep not in made:
+                folder.mkdir(parents=True)
+                with tempfile.TemporaryDirectory(prefix="hub-", dir=work) as quantized:
+                    made[keep] = compilers.compile_graph(
+                        write(keep, Path(quantized)), hub_graph, folder, target, precision, max_batch=max_batch,
+                        islands=islands, cache=cache,
+                    )  # fmt: skip
             return folder.parent
 
         def attempt(keep: frozenset[str]) -> Quality:
-            progress(f"{target} {precision}: {len(keep)} blocks in floating point", min(0.9, 0.3 * len(built)))
-            place = compiled(keep)
-            return quality.judge(
-                calibrated.judged, model, output, _opener(model, output, target, name, place, built[keep][0])
-            )
+            progress(f"{target} {precision}: {len(keep)} blocks in floating point", min(0.9, 0.3 * len(done)))
+            if here:
+                place = compiled(keep)
+                load = _opener(model, output, target, name, place, made[keep])
+                return quality.judge(calibrated.judged, model, output, load)
+            with tempfile.TemporaryDirectory(prefix="simulated-", dir=work) as quantized:
+                load = _simulated(calibrated, name, write(keep, Path(quantized)))
+                return quality.judge(calibrated.judged, calibrated.model, calibrated.hub, load)
 
         def noise() -> Any:
-            return sensitivity.noise(file, hub_graph, calibrated.statistics, how, calibrated.judged.calls, progress)
+            return sensitivity.noise(file, hub_graph, calibrated.statistics, wanted, calibrated.judged.calls, progress)
 
-        if _runs_here(target):
-            layers, _ = recipe.candidates(split(ir.load(file))[0])
-            plan = mixed.search(calibrated.settings.budget, attempt, noise, mixed.work(layers))
-            keep = frozenset(plan.chosen.keep)
-            report = _report(calibrated, plan, built[keep][1])
-        else:
-            keep = frozenset()
-            compiled(keep)
-            report = {"budget": "not measured: this machine cannot run the target", **_layers(built[keep][1])}
+        layers, _ = recipe.candidates(split(ir.load(file))[0])
+        plan = mixed.search(calibrated.settings.budget, attempt, noise, mixed.work(layers))
+        keep = frozenset(plan.chosen.keep)
+        place = compiled(keep)
+        report = _report(calibrated, plan, done[keep]) | ({} if here else {"simulated": SIMULATED})
         folder = output / name
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.move(Path(work) / f"{len(keep)}" / name, folder)
-    return Made(built[keep][0], report)
+        shutil.move(place / name, folder)
+    return Made(made[keep], report)
 
 
 def calibrate_hub(
@@ -208,6 +221,16 @@ def _opener(
         if wanted == name:
             return runtime.open(place / graph.file, graph, target.device, None, None)
         return runtime.open(output / model.graphs[wanted].file, model.graphs[wanted], target.device, None, None)
+
+    return load
+
+
+def _simulated(calibrated: Calibrated, name: str, quantized: Path) -> Callable[[str], Session]:
+    """The hub on ONNX Runtime, with the quantized graph in the denoiser's place."""
+
+    def load(wanted: str) -> Session:
+        graph = calibrated.model.graphs[wanted]
+        return OnnxRuntimeSession(quantized if wanted == name else calibrated.hub / graph.file, graph, None)
 
     return load
 

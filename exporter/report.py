@@ -39,6 +39,8 @@ def render(
     parts.append(_pictures(reference, proof.image))
     if "graphs" in accuracy:
         parts.append(_agreement(accuracy))
+    if "fp16" in accuracy:
+        parts.append(_fp16(accuracy["fp16"]))
     if "quantization" in accuracy:
         parts.append(_quantization(accuracy["quantization"]))
     body = "\n".join(parts)
@@ -96,27 +98,41 @@ def _agreement(accuracy: Mapping[str, Any]) -> str:
     )
 
 
+def _fp16(found: Mapping[str, Any]) -> str:
+    """How near each graph comes to the end of fp16, and what was kept in float32 for it."""
+    peaks = [(name, f"{graph['peak']:.3g}", str(len(graph["islands"]))) for name, graph in found["graphs"].items()]
+    rows = [
+        (name, one["first"], one["last"], str(one["nodes"]), f"{one['peak']:.3g}")
+        for name, graph in found["graphs"].items()
+        for one in graph["islands"]
+    ]
+    return (
+        f"<h2>fp16: {len(rows)} islands in float32</h2>"
+        f"<p>fp16 ends at {found['limit']:g}. Nodes stay float32 whose values come within a factor of "
+        f"{found['margin']:g} of it, in {len(found['prompts'])} pictures of {found['steps']} steps in fp32.</p>"
+        + _table(("graph", "greatest value", "islands"), peaks)
+        + (_table(("graph", "from", "to", "nodes", "greatest value"), rows) if rows else "")
+    )
+
+
 def _quantization(found: Mapping[str, Any]) -> str:
     """What is in 8 bits and what is not, why, and what it cost."""
     parts = [f"<h2>Quantization: {found['quantized']} layers in 8 bits</h2>"]
-    if "psnr_db" in found:
-        rows = [(prompt, f"{value:.1f}") for prompt, value in zip(found["prompts"], found["psnr_db"], strict=True)]
-        tries = [(str(one["kept"]), f"{one['psnr_median_db']:.1f}") for one in found["attempts"]]
-        kept = [(name, f"{noise:.2e}") for name, noise in found["kept"].items()]
-        run = found["calibration"]
-        parts += [
-            f"<p>Pictures of {found['steps']} steps against fp32's, at the same seeds; the median must be at least "
-            f"{found['budget_psnr_db']:g} dB.</p>",
-            _table(("prompt, not calibrated with", "PSNR, dB"), rows),
-            "<h3>Tries</h3>" + _table(("blocks kept in floating point", "median PSNR, dB"), tries),
-            "<h3>Kept in floating point, the noisiest for their work first</h3>"
-            + _table(("block", "share of noise in the output, were it quantized"), kept),
-            f"<h3>Calibration: {run['calls']} calls</h3>"
-            + _table(("timestep", "ranges reached here"), [(t, str(n)) for t, n in run["by_timestep"].items()])
-            + _table(("prompt", "ranges reached here"), [(name, str(n)) for name, n in run["by_prompt"].items()]),
-        ]
-    else:
-        parts.append(f"<p>Budget {escape(found['budget'])}.</p>")
+    rows = [(prompt, f"{value:.1f}") for prompt, value in zip(found["prompts"], found["psnr_db"], strict=True)]
+    tries = [(str(one["kept"]), f"{one['psnr_median_db']:.1f}") for one in found["attempts"]]
+    kept = [(name, f"{noise:.2e}") for name, noise in found["kept"].items()]
+    run = found["calibration"]
+    parts += [
+        f"<p>Pictures of {found['steps']} steps against fp32's, at the same seeds; the median must be at least "
+        f"{found['budget_psnr_db']:g} dB{', ' + found['simulated'] if 'simulated' in found else ''}.</p>",
+        _table(("prompt, not calibrated with", "PSNR, dB"), rows),
+        "<h3>Tries</h3>" + _table(("blocks kept in floating point", "median PSNR, dB"), tries),
+        "<h3>Kept in floating point, the noisiest for their work first</h3>"
+        + _table(("block", "share of noise in the output, were it quantized"), kept),
+        f"<h3>Calibration: {run['calls']} calls</h3>"
+        + _table(("timestep", "ranges reached here"), [(t, str(n)) for t, n in run["by_timestep"].items()])
+        + _table(("prompt", "ranges reached here"), [(name, str(n)) for name, n in run["by_prompt"].items()]),
+    ]
     parts.append("<h3>Layers left in floating point</h3>" + _table(("layer", "why"), list(found["left"].items())))
     return "\n".join(parts)
 

@@ -8,6 +8,7 @@ with one line for what it cannot do. docs/adding-a-backend.md tells how to add o
 from __future__ import annotations
 
 import importlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +30,9 @@ class Compiler(Protocol):
     def precisions(self, target: Target) -> tuple[str, ...]:
         """What it can build for a target, the most exact one first."""
 
+    def computes_in_fp16(self, target: Target, precision: str) -> bool:
+        """Whether values are fp16 inside, which ends at 65504; then ``build`` gets the islands that are not."""
+
     def check(self, target: Target) -> None:
         """Raise DexportError, saying what to install, if this machine cannot compile for ``target``."""
 
@@ -37,9 +41,9 @@ class Compiler(Protocol):
 
     def build(
         self, source: Path, graph: Graph, output: Path, target: Target, precision: str, max_batch: int,
-        progress: Progress,
+        progress: Progress, islands: Collection[str] = frozenset(),
     ) -> Graph:  # fmt: skip
-        """Compile ``source`` into the folder ``output``."""
+        """Compile ``source`` into the folder ``output``; ``islands``: see ``compile_graph``."""
 
 
 def precisions(target: Target) -> tuple[str, ...]:
@@ -50,6 +54,11 @@ def precisions(target: Target) -> tuple[str, ...]:
 def dynamic(target: Target) -> bool:
     """Whether its int8 kernels can round the activations of linear layers themselves, with a scale for each group."""
     return target.device in _compiler(target).DYNAMIC
+
+
+def computes_in_fp16(target: Target, precision: str) -> bool:
+    """Whether a bundle of this precision holds fp16 values on the target, so that they may overflow."""
+    return _compiler(target).computes_in_fp16(target, precision)
 
 
 def check(target: Target, precision: str) -> None:
@@ -68,6 +77,7 @@ def compile_graph(
     precision: str,
     *,
     max_batch: int = 2,
+    islands: Collection[str] = frozenset(),
     cache: Path | None = None,
     progress: Progress = silent,
 ) -> Graph:
@@ -75,20 +85,24 @@ def compile_graph(
 
     ``source``: the hub's model.onnx, with its external data beside it. ``output``: an existing empty folder, which
     the result's ``file`` is named after ("denoiser/model.xml" for the folder "denoiser"). ``max_batch``: the largest
-    batch that an engine of fixed shapes takes. ``cache``: a folder of earlier results, used and added to. Raises
-    DexportError for a precision or a graph that the target has no way to run.
+    batch that an engine of fixed shapes takes. ``islands``: names of the nodes that stay float32 where others compute
+    in fp16 (calibration/islands.py finds them); they change nothing for a target that does not. ``cache``: a folder of
+    earlier results, used and added to. Raises DexportError for a precision or a graph that the target has no way to
+    run.
     """
     check(target, precision)
     if not 1 <= max_batch <= LARGEST_BATCH:
         raise DexportError(f"the largest batch is {max_batch}; it must be 1 to {LARGEST_BATCH}")
     compiler = _compiler(target)
+    if not compiler.computes_in_fp16(target, precision):
+        islands = frozenset()
     if cache is None:
-        return compiler.build(source, graph, output, target, precision, max_batch, progress)
-    key = compile_cache.key(source, graph, str(target), precision, max_batch, compiler.depends_on(target))
+        return compiler.build(source, graph, output, target, precision, max_batch, progress, islands)
+    key = compile_cache.key(source, graph, str(target), precision, max_batch, compiler.depends_on(target), islands)
     found = compile_cache.fetch(cache, key, output)
     if found is not None:
         return found
-    built = compiler.build(source, graph, output, target, precision, max_batch, progress)
+    built = compiler.build(source, graph, output, target, precision, max_batch, progress, islands)
     compile_cache.store(cache, key, output, built)
     return built
 

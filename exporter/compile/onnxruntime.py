@@ -22,7 +22,7 @@ fit the cache and it is no faster; a mask or causal attention takes its slow pat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -39,7 +39,7 @@ from runtimes.manifest import Graph
 from runtimes.session import require
 from runtimes.target import Target
 
-WHY = "ONNX Runtime's CPU kernels have no bf16 arithmetic, and fp16 is slower than fp32 there"
+WHY = "ONNX Runtime's CPU kernels have no bf16 arithmetic and no fp8, and fp16 is slower than fp32 there"
 DYNAMIC = ("cpu", "arm64")  # MatMulNBits rounds activations itself
 LONG = 1024 * 1024  # queries × keys from which MultiHeadAttention is faster (see above)
 WIDEST_HEAD = 160  # the widest head measured to be so
@@ -54,6 +54,11 @@ def precisions(target: Target) -> tuple[str, ...]:
     return ("fp32", *NARROW, "int8")
 
 
+def computes_in_fp16(target: Target, precision: str) -> bool:
+    """Its CPU kernels compute in fp32 and in 8 bits."""
+    return False
+
+
 def check(target: Target) -> None:
     """The bundle is written without ONNX Runtime, but its version is recorded, and the gate runs it."""
     require("onnxruntime")
@@ -65,8 +70,9 @@ def depends_on(target: Target) -> str:
 
 
 def build(
-    source: Path, graph: Graph, output: Path, target: Target, precision: str, max_batch: int, progress: Progress
-) -> Graph:
+    source: Path, graph: Graph, output: Path, target: Target, precision: str, max_batch: int, progress: Progress,
+    islands: Collection[str] = frozenset(),
+) -> Graph:  # fmt: skip
     """Write model.onnx and model.onnx.data. See exporter.compile.compile_graph."""
     progress(f"{graph.kind}: rewriting for ONNX Runtime", 0.0)
     model = ir.load(source)

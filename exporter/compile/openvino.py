@@ -8,6 +8,10 @@ phase that is off by one is any number. Under the hint bf16 a small UNet's outpu
 0.9 % off now; at t = 1 it is 0.7 % both times. OpenVINO has an attribute for this on each operation of the IR,
 ``DisablePrecisionConversion``. Its Python interface cannot set it, so it is written into the file. An Unsqueeze loses
 it on the way (it becomes a Reshape without its attributes), so the timestep's Unsqueeze is made a Reshape here.
+
+Where values go beyond fp16 (islands) the same attribute keeps them in float32 under the hint f16. OpenVINO's reader
+makes several operations of one ONNX node and names them as it likes, but its tensors keep the names of ONNX's values: a
+node's operations are those between its inputs and its outputs.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from __future__ import annotations
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +54,11 @@ def precisions(target: Target) -> tuple[str, ...]:
     return ("fp32", "fp16", "bf16", *NARROW, "int8")
 
 
+def computes_in_fp16(target: Target, precision: str) -> bool:
+    """Where the hint says f16: not on a CPU."""
+    return HINTS[target.device][precision] == "f16"
+
+
 def check(target: Target) -> None:
     """OpenVINO compiles for every device on any machine."""
     require("openvino")
@@ -60,8 +70,9 @@ def depends_on(target: Target) -> str:
 
 
 def build(
-    source: Path, graph: Graph, output: Path, target: Target, precision: str, max_batch: int, progress: Progress
-) -> Graph:
+    source: Path, graph: Graph, output: Path, target: Target, precision: str, max_batch: int, progress: Progress,
+    islands: Collection[str] = frozenset(),
+) -> Graph:  # fmt: skip
     """Write model.xml and model.bin; the same input gives the same bytes. See exporter.compile.compile_graph."""
     check(target)
     ov = load()
@@ -74,7 +85,7 @@ def build(
             raise DexportError(
                 f"{source}: OpenVINO cannot read this graph: {str(error).strip().splitlines()[-1]}"
             ) from error
-        _write(ov, model, graph, output, precision, progress)
+        _write(ov, model, graph, output, precision, progress, _ends(source, islands))
     properties = {HINT: HINTS[target.device][precision], "weights": WEIGHTS[precision]}
     if precision in NARROW and target.device == "cpu":
         # Activations are rounded to 8 bits in these groups, its fast kernels; or not at all.
@@ -93,13 +104,47 @@ def _narrowed(source: Path, folder: Path, graph: Graph, precision: str) -> Path:
     return folder / "model.onnx"
 
 
-def _write(ov: Any, model: Any, graph: Graph, output: Path, precision: str, progress: Progress) -> None:
+def _ends(source: Path, islands: Collection[str]) -> list[tuple[set[str], set[str]]]:
+    """The names of the inputs and of the outputs of each node in ``islands``."""
+    nodes = [node for node in ir.load(source).graph if node.name in islands] if islands else []
+    if lost := sorted(set(islands) - {str(node.name) for node in nodes}):
+        raise DexportError(f"there is no node {lost[0]!r} to keep in float32; find the islands of this very graph")
+    return [(_names(node.inputs), _names(node.outputs)) for node in nodes]
+
+
+def _names(values: Sequence[ir.Value | None]) -> set[str]:
+    return {str(value.name) for value in values if value is not None}
+
+
+def _write(
+    ov: Any, model: Any, graph: Graph, output: Path, precision: str, progress: Progress,
+    islands: Collection[tuple[set[str], set[str]]],
+) -> None:  # fmt: skip
     _reshape_timestep(ov, model)
     _name_by_place(model)
+    kept = _between(model, islands)
     progress(f"{graph.kind}: writing the IR", 0.5)
     ov.save_model(model, output / "model.xml", compress_to_fp16=WEIGHTS[precision] == "fp16")
-    if any(tensor.name == TIMESTEP for tensor in graph.inputs):
-        _keep_timestep_exact(output / "model.xml")
+    if kept or any(tensor.name == TIMESTEP for tensor in graph.inputs):
+        _keep_exact(output / "model.xml", kept)
+
+
+def _between(model: Any, islands: Collection[tuple[set[str], set[str]]]) -> set[str]:
+    """The operations, by name, between the inputs and the outputs of each ONNX node."""
+    made = {name: output for operation in model.get_ordered_ops() for output in operation.outputs()
+            for name in output.get_names()}  # fmt: skip
+    kept: set[str] = set()
+    for inputs, outputs in islands:
+        if lost := sorted(outputs - set(made)):
+            raise DexportError(f"{lost[0]!r} must stay float32, and OpenVINO's graph has no such tensor; use fp32")
+        waiting = [made[name] for name in outputs]
+        while waiting:
+            operation = waiting.pop().get_node()
+            if operation.get_friendly_name() not in kept:
+                kept.add(operation.get_friendly_name())
+                sources = operation.input_values()
+                waiting += [value for value in sources if not inputs & set(value.get_names())]
+    return kept
 
 
 def _name_by_place(model: Any) -> None:
@@ -127,8 +172,10 @@ def _reshape_timestep(ov: Any, model: Any) -> None:
             after.replace(reshape.output(0))
 
 
-def _keep_timestep_exact(file: Path) -> None:
-    """Mark what is computed from the timestep alone, up to the first MatMul, as not to be made narrower."""
+def _keep_exact(file: Path, kept: Collection[str]) -> None:
+    """Mark operations as not to be made narrower: those of islands, ``kept``, by name, and what is computed from the
+    timestep alone, up to the first MatMul.
+    """
     tree = ElementTree.parse(file)
     layers, edges = tree.getroot().find("layers"), tree.getroot().find("edges")
     assert layers is not None and edges is not None
@@ -146,6 +193,8 @@ def _keep_timestep_exact(file: Path) -> None:
             constant.add(number)
         elif kind not in SIGNIFICANT and (constant | exact).issuperset(parents[number]):
             exact.add(number)
+            _add_attribute(layer)
+        elif layer.get("name") in kept:
             _add_attribute(layer)
     tree.write(file, encoding="utf-8", xml_declaration=True)
 

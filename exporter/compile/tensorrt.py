@@ -7,6 +7,7 @@ GPU of this machine (``tensorrt``) the flavour that is installed does, TensorRT 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import onnx_ir as ir
 
 from calibration.precision import cast
 from runtimes import cuda
-from runtimes.backends.tensorrt import flavour, make_logger, missing
+from runtimes.backends.tensorrt import flavour, has_fp8, make_logger, missing
 from runtimes.backends.tensorrt import precisions as gpu_precisions
 from runtimes.errors import DexportError, Progress
 from runtimes.manifest import Graph
@@ -23,13 +24,21 @@ from runtimes.target import Target
 
 WHY = "its GPU has no kernels for it"
 DYNAMIC = ()  # its int8 kernels take one scale for an activation, known when the engine is built
+QUANTIZED = ("int8", "fp8")  # layers as the graph's QDQ says; what is beside them is fp16, which a GPU is fast with
 
 
 def precisions(target: Target) -> tuple[str, ...]:
     """What the target's GPU computes in; for this machine's GPU where none is here, what GPUs of today do."""
-    if target.device != "local":
-        return (*gpu_precisions(target.device), "int8")
-    return (*(("fp32", "fp16", "bf16") if missing() else gpu_precisions(cuda.gpu().capability)), "int8")
+    local = target.device == "local"
+    if local and missing():
+        return ("fp32", "fp16", "bf16", *QUANTIZED)
+    gpu = cuda.gpu().capability if local else target.device
+    return (*gpu_precisions(gpu), *(precision for precision in QUANTIZED if precision != "fp8" or has_fp8(gpu)))
+
+
+def computes_in_fp16(target: Target, precision: str) -> bool:
+    """In fp16 itself, and beside quantized layers."""
+    return precision == "fp16" or precision in QUANTIZED
 
 
 def check(target: Target) -> None:
@@ -45,8 +54,9 @@ def depends_on(target: Target) -> str:
 
 
 def build(
-    source: Path, graph: Graph, output: Path, target: Target, precision: str, max_batch: int, progress: Progress
-) -> Graph:
+    source: Path, graph: Graph, output: Path, target: Target, precision: str, max_batch: int, progress: Progress,
+    islands: Collection[str] = frozenset(),
+) -> Graph:  # fmt: skip
     """Write model.engine, for batches of 1 to ``max_batch``. See exporter.compile.compile_graph."""
     trt = _flavour(target)
     logger = make_logger(trt)
@@ -56,7 +66,7 @@ def build(
     progress(f"{graph.kind}: reading into TensorRT", 0.0)
     # The cast graph is written on the disk that the engine goes to: it is as large as the weights.
     with tempfile.TemporaryDirectory(prefix=".cast-", dir=output.parent) as folder:
-        file = _write_cast(source, Path(folder), precision)
+        file = _write_cast(source, Path(folder), precision, islands)
         if not parser.parse_from_file(str(file)):
             raise DexportError(f"{graph.kind}: TensorRT cannot read this graph: {_parse_error(parser, logger)}")
     _let_attention_decompose(trt, network)
@@ -97,9 +107,9 @@ def _strongly_typed(trt: Any) -> int:
     return 1 << int(flag) if flag is not None else 0
 
 
-def _write_cast(source: Path, folder: Path, precision: str) -> Path:
-    """The graph in ``precision``: ``source`` itself for fp32 and for int8, whose QDQ it has, else a new file."""
-    model, modified = cast(ir.load(source), "fp32" if precision == "int8" else precision)
+def _write_cast(source: Path, folder: Path, precision: str, islands: Collection[str]) -> Path:
+    """The graph in ``precision`` but for its ``islands``: ``source`` itself for fp32, else a new file."""
+    model, modified = cast(ir.load(source), "fp16" if precision in QUANTIZED else precision, islands)
     if not modified:
         return source
     for node in model.graph:

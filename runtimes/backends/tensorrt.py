@@ -24,6 +24,7 @@ EXTRA = "tensorrt-rtx"
 FLAVOURS = ("tensorrt", "tensorrt_rtx")
 EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
 OLDEST_BF16 = 80  # Ampere: the first compute capability with bf16 arithmetic
+OLDEST_FP8 = 89  # Ada: the first with fp8 in its tensor cores
 
 
 def flavour(name: str | None = None) -> Any:
@@ -53,6 +54,11 @@ def devices() -> list[Device]:
 def precisions(capability: str) -> tuple[str, ...]:
     """What a GPU of this compute capability ("sm89") computes in."""
     return ("fp32", "fp16", "bf16") if int(capability[2:]) >= OLDEST_BF16 else ("fp32", "fp16")
+
+
+def has_fp8(capability: str) -> bool:
+    """Whether a GPU of this compute capability multiplies 8-bit floats."""
+    return int(capability[2:]) >= OLDEST_FP8
 
 
 def missing() -> str | None:

@@ -24,7 +24,7 @@ from runtimes.safetensors import read_header
 
 EMOJI = Path(__file__).parents[2] / "examples/emoji/model"
 # OpenVINO's arithmetic stands for each precision: what it does in f32 and bf16 is what the bands allow for.
-HINTS = {"fp32": "f32", "fp16": "f32", "bf16": "bf16", "int8": "bf16"}
+HINTS = {"fp32": "f32", "fp16": "f32", "bf16": "bf16", "int8": "bf16", "fp8": "bf16"}
 Spoil = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 
 
@@ -108,19 +108,20 @@ def test_wrong_graphs_fail(built: tuple[Model, Path, gate.Reference], precision:
     assert "\n" not in str(error.value)
 
 
-def test_int8_stops_a_broken_denoiser_and_holds_the_graphs_beside_it_to_their_own_band(
-    built: tuple[Model, Path, gate.Reference],
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_8_bits_stop_a_broken_denoiser_and_hold_the_graphs_beside_it_to_their_own_band(
+    built: tuple[Model, Path, gate.Reference], precision: str
 ) -> None:
-    """A wrong bias behind the last layer is no larger than int8's own noise: that is for the budget of a build."""
+    """A wrong bias behind the last layer is no larger than their own noise: that is for the budget of a build."""
     model, folder, reference = built
     beside = {name: replace(graph, properties={"precision": "bf16"}) for name, graph in model.graphs.items()}
     graphs = replace(model, graphs=beside | {"denoiser": model.graphs["denoiser"]})
     for name, spoil in (("denoiser", bias_dropped("conv_in.bias")), ("decoder", bias_dropped("conv_out.bias"))):
         with (
             spoiled(folder / model.graphs[name].file, spoil) as wrong,
-            pytest.raises(GateError, match=f"gate for int8 failed: graph {name}"),
+            pytest.raises(GateError, match=f"gate for {precision} failed: graph {name}"),
         ):
-            prove((graphs, folder, replace(reference, calls={name: reference.calls[name]})), "int8", {name: wrong})
+            prove((graphs, folder, replace(reference, calls={name: reference.calls[name]})), precision, {name: wrong})
 
 
 def test_golden_vectors_are_one_recorded_call_of_each_graph(

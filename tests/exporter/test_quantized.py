@@ -17,11 +17,14 @@ from calibration.graph import Array
 from calibration.observe import Statistics
 from calibration.quality import SEED, Budget, Quality, draw_float
 from exporter import build, hub, quantized
+from exporter.compile import check
 from exporter.quantized import Quantization
 from runtimes import bundle
+from runtimes.accuracy import BANDS
 from runtimes.errors import DexportError, GateError
 from runtimes.manifest import Model
 from runtimes.pipeline import Pipeline, Request
+from runtimes.target import Target
 
 EMOJI = Path(__file__).parents[2] / "examples/emoji/model"
 PROMPTS = (
@@ -76,20 +79,35 @@ def test_a_budget_that_cannot_be_met_fails_with_the_best(made: tuple[Model, Path
     assert error.value.exit_code == 1 and list(tmp_path.iterdir()) == []
 
 
-def test_an_engine_is_built_from_the_quantized_graph_and_smaller(
-    made: tuple[Model, Path, Path], tmp_path: Path
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_an_engine_is_built_from_a_quantized_graph_that_was_judged(
+    made: tuple[Model, Path, Path], precision: str, tmp_path: Path
 ) -> None:
+    """By simulation, since no engine runs here."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     _, folder, statistics = made
-    sizes = {}
-    for precision in ("fp32", "int8"):
-        asked = Quantization(statistics=statistics) if precision == "int8" else None
-        manifest = build.compile_hub(
-            folder, tmp_path / precision, target="tensorrt:sm89", precision=precision, quantization=asked
-        )
-        sizes[precision] = (tmp_path / precision / manifest.model.graphs[GRAPH].file).stat().st_size
-    assert sizes["int8"] < 0.9 * sizes["fp32"]  # of a model so small most is not weights
-    assert manifest.accuracy["quantization"]["budget"].startswith("not measured: this machine cannot run")
+    asked = Quantization("psnr=15", PROMPTS, statistics)
+    manifest = build.compile_hub(
+        folder, tmp_path / "bundle", target="tensorrt:sm89", precision=precision, quantization=asked
+    )
+    engine = tmp_path / "bundle" / manifest.model.graphs[GRAPH].file
+    assert engine.stat().st_size < 0.75 * (folder / GRAPH / "model.onnx.data").stat().st_size
+    report = manifest.accuracy["quantization"]
+    assert report["simulated"].startswith("simulated on ONNX Runtime") and 15 < np.median(report["psnr_db"]) < 60
+    assert report["quantized"] > 80 and min(report["sqnr_db"]) > BANDS[precision].graph
+    assert manifest.model.graphs["decoder"].properties["precision"] == "fp16"
+    assert set(manifest.accuracy["fp16"]["graphs"]) == set(manifest.model.graphs)
+
+
+@pytest.mark.parametrize("target", ["tensorrt:sm75", "tensorrt:sm86", "openvino", "openvino:gpu", "onnxruntime"])
+def test_fp8_is_refused_where_nothing_multiplies_it(target: str) -> None:
+    if target.startswith("tensorrt"):
+        pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+        for newer in ("tensorrt:sm89", "tensorrt:sm120", "tensorrt:sm121"):
+            check(Target.parse(newer), "fp8")
+    with pytest.raises(DexportError, match=f"^{target} has no precision 'fp8': .*; it has fp32, .*int8") as error:
+        check(Target.parse(target), "fp8")
+    assert "\n" not in str(error.value)
 
 
 def test_statistics_of_another_model_and_bad_settings_are_refused_before_the_work(
