@@ -24,7 +24,9 @@ from runtimes.errors import DexportError
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to quantize. observer: one of calibration.ranges. keep: blocks that stay in floating point, by name."""
+    """How to quantize. observer: one of calibration.ranges. keep: names of blocks and of single layers that stay in
+    floating point.
+    """
 
     observer: str = "mse"
     smooth: bool = True
@@ -48,7 +50,8 @@ def apply(model: ir.Model, statistics: Statistics, recipe: Recipe) -> tuple[ir.M
     chosen: list[Layer] = []
     scales: dict[str, float] = {}
     for layer in layers:
-        why = None if block(layer.name) not in recipe.keep else "kept in floating point by the plan"
+        kept = layer.name in recipe.keep or block(layer.name) in recipe.keep
+        why = "kept in floating point by the plan" if kept else None
         why = why or _measure(layer, statistics, recipe.observer, scales)
         if why:
             left[layer.name] = why

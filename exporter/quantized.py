@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from calibration import mixed, prompts, quality, recipe, sensitivity
 from calibration.calibrate import calibrate, source
 from calibration.coverage import coverage
+from calibration.mixed import SURE, Costs, Gain
 from calibration.observe import Statistics
 from calibration.observe import load as load_statistics
 from calibration.prompts import DEFAULT
 from calibration.quality import Budget, Judged, Quality
 from calibration.ranges import OBSERVERS
 from calibration.recipe import Done, Recipe
-from calibration.split import split
 from exporter import compile as compilers
 from exporter import hub as hubs
+from exporter import latency
 from runtimes.errors import DexportError, Progress, silent
 from runtimes.manifest import Graph, Model
 from runtimes.session import Session, require
@@ -32,6 +34,8 @@ PRECISIONS = ("int8",)
 BESIDE = {"onnxruntime": "fp32", "openvino": "bf16", "tensorrt": "fp32"}
 """What the graphs beside the denoiser compute in, and what of it is not quantized, by backend."""
 BUDGET = "psnr=30"  # what is asked for where the user asks for nothing
+KEPT = "more noise for each second that 8 bits save than in any block that is quantized"
+NOT_FASTER = "8 bits make it no faster on the target"
 
 
 @dataclass(frozen=True)
@@ -128,11 +132,11 @@ def make(
     name = model.stages[0].denoiser
     hub_graph = calibrated.model.graphs[name]
     file = calibrated.hub / hub_graph.file
-    built: dict[frozenset[str], tuple[Graph, Done]] = {}
+    built: dict[frozenset[str], tuple[Graph, Done, Path]] = {}
     with tempfile.TemporaryDirectory(prefix=".quantized-", dir=output.parent) as work:
 
         def compiled(keep: frozenset[str]) -> Path:
-            folder = Path(work) / f"{len(keep)}" / name
+            folder = Path(work) / f"{len(built)}" / name
             folder.mkdir(parents=True)
             chosen = replace(calibrated.settings.recipe, keep=keep)
             with tempfile.TemporaryDirectory(prefix="hub-", dir=work) as quantized:
@@ -142,33 +146,36 @@ def make(
                 made = compilers.compile_graph(
                     onnx, hub_graph, folder, target, precision, max_batch=max_batch, cache=cache
                 )
-            built[keep] = made, done
+            built[keep] = made, done, folder.parent
             return folder.parent
 
         def attempt(keep: frozenset[str]) -> Quality:
-            progress(f"{target} {precision}: {len(keep)} blocks in floating point", min(0.9, 0.3 * len(built)))
+            what = f"{len(keep)} blocks and layers in floating point" if keep else "everything in 8 bits"
+            progress(f"{target} {precision}: {what}", min(0.9, 0.3 * len(built)))
             place = compiled(keep)
             return quality.judge(
                 calibrated.judged, model, output, _opener(model, output, target, name, place, built[keep][0])
             )
 
-        def noise() -> Any:
-            return sensitivity.noise(
-                file, hub_graph, calibrated.statistics, calibrated.settings.recipe, calibrated.judged.calls, progress
-            )
+        def race(*keeps: frozenset[str]) -> Gain:
+            progress(f"{target} {precision}: timing two good tries in turns", 0.9)
+            sessions = [_opener(model, output, target, name, built[k][2], built[k][0])(name) for k in keeps]
+            return latency.race(sessions, calibrated.judged.calls[0][0])
 
         if _runs_here(target):
-            layers, _ = recipe.candidates(split(ir.load(file))[0])
-            plan = mixed.search(calibrated.settings.budget, attempt, noise, mixed.work(layers))
-            keep = frozenset(plan.chosen.keep)
-            report = _report(calibrated, plan, built[keep][1])
+            plan = mixed.search(
+                calibrated.settings.budget, attempt,
+                lambda: _costs(calibrated, file, hub_graph, target, precision, Path(work), progress), race,
+            )  # fmt: skip
+            keep = plan.chosen.keep
+            report = _report(calibrated, plan, built[keep][1], BESIDE[target.backend], precision)
         else:
             keep = frozenset()
             compiled(keep)
             report = {"budget": "not measured: this machine cannot run the target", **_layers(built[keep][1])}
         folder = output / name
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.move(Path(work) / f"{len(keep)}" / name, folder)
+        shutil.move(built[keep][2] / name, folder)
     return Made(built[keep][0], report)
 
 
@@ -217,26 +224,77 @@ def _runs_here(target: Target) -> bool:
     return target.device in [device.name for device in require(target.backend).devices()]
 
 
-def _report(calibrated: Calibrated, plan: mixed.Plan, done: Done) -> dict[str, Any]:
-    covered = coverage(calibrated.statistics)
+def _costs(
+    calibrated: Calibrated, file: Path, graph: Graph, target: Target, precision: str, work: Path, progress: Progress
+) -> Costs:
+    """What 8 bits cost in noise and save in seconds, measured."""
+    statistics, chosen, calls = calibrated.statistics, calibrated.settings.recipe, calibrated.judged.calls
+    gains = latency.measure(file, graph, statistics, chosen, calls[0][0], target, precision, work, progress)
+    slow = tuple(name for name, gain in gains.items() if gain.slow)
+    noise = sensitivity.noise(file, graph, statistics, chosen, calls, progress, apart=slow)
+    saved: dict[str, float] = {}
+    for name, gain in gains.items():
+        unit = name if gain.slow else recipe.block(name)
+        saved[unit] = saved.get(unit, 0.0) + gain.saved
+    return Costs(noise, saved, slow)
+
+
+def _report(calibrated: Calibrated, plan: mixed.Plan, done: Done, floats: str, precision: str) -> dict[str, Any]:
+    covered, judged, found = coverage(calibrated.statistics), calibrated.judged, plan.chosen.quality
+    timesteps = [float(inputs["timestep"][0]) for inputs, _ in judged.calls]
     return {
         "budget_psnr_db": calibrated.settings.budget.psnr,
-        "prompts": list(calibrated.judged.prompts),
-        "steps": calibrated.judged.steps,
-        "psnr_db": [round(value, 2) for value in plan.chosen.quality.psnr],
-        "sqnr_db": [round(value, 2) for value in plan.chosen.quality.sqnr],
+        "prompts": list(judged.prompts),
+        "steps": judged.steps,
+        "psnr_db": [round(value, 2) for value in found.psnr],
+        "timesteps": timesteps,
+        "sqnr_db": [round(value, 2) for value in found.sqnr],
+        "latents_sqnr_db": [round(value, 2) for value in found.latents],
         "attempts": [
-            {"kept": len(one.keep), "psnr_median_db": round(one.quality.median, 2)} for one in plan.attempts
+            {
+                "kept": len(one.blocks), "not_faster": len(one.layers), "psnr_median_db": round(one.quality.median, 2),
+                **_race(plan.races.get(len(one.blocks))),
+            }
+            for one in plan.attempts
         ],
-        "kept": {name: float(f"{plan.noise[name]:.3g}") for name in plan.chosen.keep},
+        "kept": list(plan.chosen.blocks),
+        "not_faster": list(plan.chosen.layers),
+        "blocks": _blocks(plan, done, floats, precision),
         "calibration": {
             **dict(calibrated.statistics.settings), "calls": covered.calls, "late": round(covered.late, 4),
             "by_timestep": {f"{t:g}": count for t, count in covered.by_timestep.items()},
             "by_prompt": covered.by_prompt,
         },
-        **_layers(done),
+        **_layers(done, NOT_FASTER, plan.chosen.layers),
     }  # fmt: skip
 
 
-def _layers(done: Done) -> dict[str, Any]:
-    return {"quantized": len(done.quantized), "smoothed": len(done.smoothed), "left": dict(done.left)}
+def _blocks(plan: mixed.Plan, done: Done, floats: str, precision: str) -> list[dict[str, Any]]:
+    """Each block that could be quantized, and each layer that counts by itself: what became of it, and its figures."""
+    chosen, costs = plan.chosen, plan.costs
+    if costs is None:
+        return [{"name": name, "precision": precision} for name in dict.fromkeys(map(recipe.block, done.quantized))]
+    found = []
+    for name in sorted(costs.noise, key=costs.share, reverse=True):
+        kept, slow = name in chosen.keep, name in costs.slow
+        found.append({
+            "name": name, "precision": floats if kept else precision,
+            "noise": _short(costs.share(name)), "saved_seconds": _short(costs.saved[name]),
+            "sqnr_db": {f"{t:g}": round(-10 * float(np.log10(max(n, 1e-20))), 1) for t, n in costs.noise[name].items()},
+            **({"why": NOT_FASTER if slow else KEPT} if kept else {}),
+        })  # fmt: skip
+    return found
+
+
+def _race(gain: Gain | None) -> dict[str, Any]:
+    return {} if gain is None else {"saved_seconds": _short(gain.saved), "doubt_seconds": _short(SURE * gain.error)}
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.3g}")
+
+
+def _layers(done: Done, why: str = "", names: Collection[str] = ()) -> dict[str, Any]:
+    """How many layers are quantized, and which are not; ``why``: the reason for those of ``names``."""
+    left = {name: why if name in names else reason for name, reason in done.left.items()}
+    return {"quantized": len(done.quantized), "smoothed": len(done.smoothed), "left": left}
