@@ -82,14 +82,13 @@ def test_every_bundle_passes_its_own_test(bundles: Path) -> None:
 
 
 def test_the_gate_of_the_judge(bundles: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The bf16 bundle against the fp32 one: near enough for the default gate, and not for one of 150 dB."""
+    """The bf16 bundle against the fp32 one: near enough in all but the 150 dB that are asked for here."""
     words = [str(bundles / BUNDLES[2]), "--against", str(bundles / BUNDLES[1]), "--count", "32", "--steps", "4"]
-    assert evaluate.main([*words, "--gate"]) == 0
-    figures = json.loads(capsys.readouterr().out)
-    assert figures["missed"] == [] and figures["gate"]["psnr"] == 36 and figures["psnr_median_db"] > 40
     assert evaluate.main([*words, "--psnr", "150"]) == 1
     said = capsys.readouterr()
-    assert json.loads(said.out)["missed"] and "missed: median PSNR" in said.err
+    figures = json.loads(said.out)
+    assert len(figures["missed"]) == 1 and f"missed: {figures['missed'][0]}" in said.err
+    assert figures["gate"]["psnr"] == 150 and 40 < figures["psnr_median_db"] < 100
     with pytest.raises(SystemExit) as stop:
         evaluate.main([words[0], "--gate"])
     assert stop.value.code == 2 and "--against" in capsys.readouterr().err
