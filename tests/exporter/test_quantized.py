@@ -49,17 +49,23 @@ def loaded(made: tuple[Model, Path, Path]) -> Statistics:
     return observe.load(statistics, source(model, folder))
 
 
-@pytest.mark.parametrize("target", ["openvino", "onnxruntime"])
-def test_a_bundle_meets_its_budget_and_says_how(made: tuple[Model, Path, Path], target: str, tmp_path: Path) -> None:
-    """The budget is above what int8 alone reaches here, so blocks must be kept."""
+@pytest.mark.parametrize(("target", "least"), [("openvino", 42), ("onnxruntime", 30)])
+def test_a_bundle_meets_its_budget_and_says_how(
+    made: tuple[Model, Path, Path], target: str, least: int, tmp_path: Path
+) -> None:
+    """For OpenVINO the budget is above what int8 alone reaches, so blocks must be kept; for the other it is below."""
     _, folder, statistics = made
-    asked = Quantization(budget="psnr=42", prompts=PROMPTS, statistics=statistics)
+    asked = Quantization(budget=f"psnr={least}", prompts=PROMPTS, statistics=statistics)
     manifest = build.compile_hub(folder, tmp_path / "bundle", target=target, precision="int8", quantization=asked)
     report = manifest.accuracy["quantization"]
-    assert np.median(report["psnr_db"]) >= 42 and report["prompts"] == list(PROMPTS[-2:])
-    assert report["attempts"][0]["psnr_median_db"] < 42 and report["kept"]
-    check_the_plan(report)
-    assert report["quantized"] > 40 and "unet.conv_in" in report["left"]
+    assert np.median(report["psnr_db"]) >= least and report["prompts"] == list(PROMPTS[-2:])
+    if target == "openvino":
+        assert report["attempts"][0]["psnr_median_db"] < least and report["kept"]
+        check_the_plan(report)
+    else:  # nothing was timed, so the same input gives the same manifest
+        assert len(report["attempts"]) == 1 and report["kept"] == report["not_faster"] == []
+        assert report["quantized"] > 150 and all(set(one) == {"name", "precision"} for one in report["blocks"])
+    assert "unet.conv_in" in report["left"]
     assert min(report["sqnr_db"]) > 16
     assert manifest.model.graphs["decoder"].properties["precision"] == quantized.BESIDE[target]
     assert json.loads((tmp_path / "bundle" / bundle.MANIFEST).read_text())["precision"] == "int8"
