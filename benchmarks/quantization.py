@@ -50,7 +50,6 @@ STEPS, GUIDANCE = 20, 4.0
 CALIBRATED = 32  # prompts, none of which is judged
 BATCH = 32  # pictures that are drawn together
 REPEATS = 21
-RESAMPLES = 300
 
 
 def compiled(source_: Path, graph: Graph, folder: Path, target: str, precision: str) -> Session:
@@ -124,8 +123,8 @@ def take_turns(sessions: Mapping[str, Session], inputs: Mapping[str, Any], repea
 
 def pictures(count: int) -> None:
     """Quality and speed on the emoji model."""
-    from data import load, prompts
-    from evaluate import frechet, retrieval
+    from data import prompts
+    from measures import Reference
 
     right, words = prompts(count)
     others = [word for word in prompts(1636)[1] if word not in words][:: (1636 - count) // CALIBRATED][:CALIBRATED]
@@ -174,31 +173,25 @@ def pictures(count: int) -> None:
             for key, value in calls[len(calls) // 2][0].items()
         }
         seconds = take_turns(sessions, one)
-        data = load()[0][right].transpose(0, 3, 1, 2).astype(np.float32) / 255
 
         def encode(images: Any) -> Any:
             return fixed["encoder"].run({"image": np.ascontiguousarray(images, np.float32)})["sample"]
 
-        truth = encode(data)
         exact = draw(model, work / "hub", fixed, plain, words, 0)
         again = draw(model, work / "hub", fixed, plain, words, 1_000_000)
-        hits, null = retrieval(exact, right)[0], null_interval(frechet, encode(exact), encode(again), truth)
-        print(
-            f"Fréchet distance to the data, seed to seed: 95 % of the differences in [{null[0]:+.2f}, {null[1]:+.2f}]"
-        )
+        reference = Reference(exact, again, right, encode)
+        low, high = reference.null
+        print(f"Fréchet distance to the data, seed to seed: 95 % of the differences in [{low:+.2f}, {high:+.2f}]")
         print(f"{'':36} ms/call  PSNR median  10th pct  top-1 (difference, 95 %)       Fréchet shift")
-        base = frechet(encode(exact), truth)
         for name, session in sessions.items():
-            images = draw(model, work / "hub", fixed, session, words, 0)
-            error = np.square(np.clip(images, 0, 1) - np.clip(exact, 0, 1)).mean((1, 2, 3))
-            psnr = -10 * np.log10(np.maximum(error, 1e-20))
-            own = retrieval(images, right)[0]
-            low, high = interval(own.astype(float) - hits)
-            shift = frechet(encode(images), truth) - base
+            found = reference.compare(draw(model, work / "hub", fixed, session, words, 0))
+            top1, shift = found["top1_difference"], found["frechet_shift"]
+            least, most = found["top1_difference_95"]
+            where = "inside" if low <= shift <= high else "OUTSIDE"
             print(
-                f"{name:36} {seconds[name] * 1e3:7.1f}  {np.median(psnr):11.1f}  {np.percentile(psnr, 10):8.1f}  "
-                f"{own.mean():.1%} ({(own.mean() - hits.mean()) * 100:+.1f}, {low * 100:+.1f} to {high * 100:+.1f})  "
-                f"{shift:+.2f} {'inside' if null[0] <= shift <= null[1] else 'OUTSIDE'}",
+                f"{name:36} {seconds[name] * 1e3:7.1f}  {found['psnr_median_db']:11.1f}  "
+                f"{found['psnr_10th_percentile_db']:8.1f}  {reference.hits.mean() + top1:.1%} ({top1 * 100:+.1f}, "
+                f"{least * 100:+.1f} to {most * 100:+.1f})  {shift:+.2f} {where}",
                 flush=True,
             )
 
@@ -222,27 +215,6 @@ def draw(
         *_, last = pipeline.generate(request)
         made.append(pipeline.decode(last.sample))
     return np.concatenate(made)
-
-
-def null_interval(frechet: Callable[[Any, Any], float], one: Any, other: Any, truth: Any) -> tuple[float, float]:
-    """Where 95 % of the differences of two runs' distances to the data lie, if the runs differ in their seeds alone.
-
-    Each prompt's two pictures change places at random: a permutation test, so that neither run is the better one.
-    """
-    random = np.random.default_rng(0)
-    found = []
-    for _ in range(RESAMPLES):
-        swapped = (random.random(len(truth)) < 0.5).reshape(-1, *[1] * (truth.ndim - 1))
-        first, second = np.where(swapped, other, one), np.where(swapped, one, other)
-        found.append(frechet(first, truth) - frechet(second, truth))
-    return float(np.percentile(found, 2.5)), float(np.percentile(found, 97.5))
-
-
-def interval(values: Any) -> tuple[float, float]:
-    """95 % of the means of resampled values."""
-    random = np.random.default_rng(0)
-    means = [values[random.integers(0, len(values), len(values))].mean() for _ in range(2000)]
-    return float(np.percentile(means, 2.5)), float(np.percentile(means, 97.5))
 
 
 def exported(checkpoint: Path, keep: Path | None, work: Path) -> tuple[Path, Model]:

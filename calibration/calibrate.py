@@ -15,6 +15,7 @@ from calibration import observe
 from calibration.layers import find
 from calibration.observe import Observer, Statistics
 from calibration.prompts import DEFAULT, check
+from calibration.recipe import candidates
 from calibration.split import split
 from runtimes.backends.onnxruntime import OnnxRuntimeSession
 from runtimes.errors import DexportError, Progress, silent
@@ -72,10 +73,11 @@ def calibrate(
 def instrument(file: Path) -> tuple[ir.Model, dict[str, int]]:
     """The graph as it will be quantized, with reductions; and what is observed: value name to axis of channels."""
     model, _ = split(ir.load(file))
-    layers, left = find(model)
-    if not layers:
-        why = next(iter(left.items()), None)
-        raise DexportError(f"{file}: no layer of it can be quantized" + (f" ({why[0]}: {why[1]})" if why else ""))
+    free, left = candidates(model)
+    if not free:
+        why = next((f" ({name}: {reason})" for name, reason in left.items()), "")
+        raise DexportError(f"{file}: no layer of it can be quantized{why}; build it in another precision")
+    layers, _ = find(model)
     values = {str(layer.input.name): layer.channel for layer in layers}
     for layer in layers:
         if layer.kind == "conv":  # whose kernels in some runtimes give 8-bit numbers

@@ -5,7 +5,6 @@ The float model is the hub in fp32 on ONNX Runtime, which the gate has shown to 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache as memoize
@@ -49,23 +48,24 @@ class Budget:
 
 @dataclass(frozen=True)
 class Judged:
-    """What the float model gave: pictures by prompt, and each denoiser call of the first one."""
+    """What the float model gave: pictures by prompt; of the first one each denoiser call, and the latents by step."""
 
     prompts: tuple[str, ...]
     steps: int
     pictures: tuple[Array, ...]
     calls: tuple[tuple[dict[str, Array], Array], ...]
+    latents: tuple[Array, ...]
 
 
 @dataclass(frozen=True)
 class Quality:
-    """PSNR of each picture in dB; SQNR in dB of the denoiser's output at each call, on the float model's inputs; and
-    the median of its seconds a call.
+    """PSNR of each picture in dB; SQNR in dB of the denoiser's output at each call, on the float model's inputs, and of
+    the latents after each step of a free run, where errors add up.
     """
 
     psnr: tuple[float, ...]
     sqnr: tuple[float, ...]
-    seconds: float
+    latents: tuple[float, ...]
 
     @property
     def median(self) -> float:
@@ -105,8 +105,8 @@ def draw_float(
         return recorder[0]
 
     steps = steps or min(STEPS, model.stages[0].steps)
-    pictures = _draw(model, hub, load, prompts, steps, progress, recorder)
-    return Judged(tuple(prompts), steps, tuple(pictures), tuple(recorder[0].calls))
+    pictures, latents = _draw(model, hub, load, prompts, steps, progress, recorder)
+    return Judged(tuple(prompts), steps, tuple(pictures), tuple(recorder[0].calls), tuple(latents))
 
 
 def judge(
@@ -114,30 +114,29 @@ def judge(
 ) -> Quality:
     """Compare the graphs that ``load`` gives by name with the float model."""
     load = memoize(load)
-    pictures = _draw(model, folder, load, judged.prompts, judged.steps, progress, [])
+    pictures, latents = _draw(model, folder, load, judged.prompts, judged.steps, progress, [])
     denoiser = load(model.stages[0].denoiser)
-    sqnr, seconds = [], []
-    for inputs, output in judged.calls:
-        begin = time.perf_counter()
-        actual = run_batched(denoiser, inputs)["output"]
-        seconds.append(time.perf_counter() - begin)
-        sqnr.append(compare(output, actual).sqnr_db)
+    sqnr = tuple(compare(output, run_batched(denoiser, inputs)["output"]).sqnr_db for inputs, output in judged.calls)
     found = tuple(psnr(a, b) for a, b in zip(judged.pictures, pictures, strict=True))
-    return Quality(found, tuple(sqnr), float(np.median(seconds)))
+    drift = tuple(compare(a, b).sqnr_db for a, b in zip(judged.latents, latents, strict=True))
+    return Quality(found, sqnr, drift)
 
 
 def _draw(
     model: Model, folder: Path, load: Callable[[str], Session], prompts: Sequence[str], steps: int,
     progress: Progress, recorder: list[Recorder],
-) -> list[Array]:  # fmt: skip
-    """The pictures of ``prompts``, one after the other; only the first one's calls are recorded."""
+) -> tuple[list[Array], list[Array]]:  # fmt: skip
+    """The pictures of ``prompts``, one after the other, and the first one's latents; only its calls are recorded."""
     pipeline, pictures = Pipeline(model, folder, memoize(load)), []
+    latents: list[Array] = []
     for index, prompt in enumerate(prompts):
         request = Request([prompt], steps=steps, seed=SEED + index, guidance_batch="sequential")
         for step in pipeline.generate(request):
             done = (index + (step.index + 1) / step.total) / len(prompts)
             progress(f"picture {index + 1}/{len(prompts)}, step {step.index + 1}/{step.total}", done)
+            if index == 0:
+                latents.append(step.sample)
         pictures.append(pipeline.decode(step.sample))
         if recorder:
             recorder[0].on = False
-    return pictures
+    return pictures, latents

@@ -28,7 +28,8 @@ CONVOLUTIONAL = 0.1  # of the multiplications: in a UNet half or more, in a tran
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to quantize. observer: one of calibration.ranges. keep: blocks that stay in floating point, by name.
+    """How to quantize. observer: one of calibration.ranges. keep: names of blocks and of single layers that stay in
+    floating point.
 
     dynamic: linear layers have their activations rounded by the runtime, token by token; see ``is_dynamic``. smooth:
     even out channels, where ``numbers`` are whole: floats err by the same share of small and large ones.
@@ -63,7 +64,8 @@ def apply(model: ir.Model, statistics: Statistics, recipe: Recipe) -> tuple[ir.M
     dynamic: list[Layer] = []
     scales: dict[str, float] = {}
     for layer in layers:
-        why = None if block(layer.name) not in recipe.keep else "kept in floating point by the plan"
+        kept = layer.name in recipe.keep or block(layer.name) in recipe.keep
+        why = "kept in floating point by the plan" if kept else None
         by_token = recipe.dynamic and layer.kind == "linear"
         why = why or (None if by_token else _measure(layer, statistics, recipe, scales))
         if why:

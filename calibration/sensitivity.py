@@ -9,7 +9,7 @@ Only activations are switched: a weight in 8 bits with a scale for each output c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,15 +38,19 @@ CALLS = 3  # timesteps: early, in the middle and late
 
 def noise(
     file: Path, graph: Graph, statistics: Statistics, recipe: Recipe,
-    calls: Sequence[tuple[Mapping[str, Array], Array]], progress: Progress = silent,
-) -> dict[str, float]:  # fmt: skip
-    """For each block the share of noise in the output's power, over some of ``calls`` (inputs and output)."""
-    model, blocks = switched(file, statistics, recipe)
+    calls: Sequence[tuple[Mapping[str, Array], Array]], progress: Progress = silent, *, apart: Collection[str] = (),
+) -> dict[str, dict[float, float]]:  # fmt: skip
+    """For each block, by timestep, the share of noise in the output's power, at some of ``calls`` (inputs and output).
+
+    apart: layers that count by themselves, under their own names, and not with their blocks.
+    """
+    model, blocks = switched(file, statistics, recipe, apart)
     described = replace(graph, inputs=(*graph.inputs, Tensor(SWITCHES, "float32", (len(blocks),))))
     session = OnnxRuntimeSession(file, described, None, content=ir.to_proto(model).SerializeToString())
     chosen = [calls[int(place)] for place in np.linspace(0, len(calls) - 1, min(CALLS, len(calls)))]
-    shares = dict.fromkeys(blocks, 0.0)
+    shares: dict[str, dict[float, float]] = {name: {} for name in blocks}
     for number, (inputs, _) in enumerate(chosen):
+        timestep = float(inputs["timestep"][0])
         exact = session.run({**inputs, SWITCHES: np.zeros(len(blocks), np.float32)})["output"].astype(np.float64)
         for index, name in enumerate(blocks):
             done = (number * len(blocks) + index) / (len(chosen) * len(blocks))
@@ -54,20 +58,23 @@ def noise(
             switches = np.zeros(len(blocks), np.float32)
             switches[index] = 1
             output = session.run({**inputs, SWITCHES: switches})["output"]
-            shares[name] += float(np.square(output - exact).sum() / np.square(exact).sum()) / len(chosen)
+            shares[name][timestep] = float(np.square(output - exact).sum() / np.square(exact).sum())
     return shares
 
 
-def switched(file: Path, statistics: Statistics, recipe: Recipe) -> tuple[ir.Model, list[str]]:
-    """The graph with a switch at each activation, and the blocks in the order of the switches' input."""
+def switched(
+    file: Path, statistics: Statistics, recipe: Recipe, apart: Collection[str] = ()
+) -> tuple[ir.Model, list[str]]:
+    """The graph with a switch at each activation, and the blocks in the order of the switches' input; see ``noise``."""
     model, _ = split(ir.load(file))
     layers = [layer for layer in candidates(model)[0] if statistics.values[str(layer.input.name)].peak]
-    blocks = list(dict.fromkeys(block(layer.name) for layer in layers))
+    unit = {layer.name: layer.name if layer.name in apart else block(layer.name) for layer in layers}
+    blocks = list(dict.fromkeys(unit.values()))
     switches = ir.Value(name=SWITCHES, shape=ir.Shape([len(blocks)]), type=ir.TensorType(ir.DataType.FLOAT))
     model.graph.inputs.append(switches)
     made: dict[tuple[str, str], ir.Value] = {}
     for layer in layers:
-        key = (str(layer.input.name), block(layer.name))
+        key = (str(layer.input.name), unit[layer.name])
         if key not in made:
             made[key] = _switch(model.graph, layer, switches, blocks.index(key[1]), statistics, recipe, len(made))
         layer.node.replace_input_with(0, made[key])

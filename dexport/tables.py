@@ -45,6 +45,8 @@ def quantization(found: Mapping[str, Any]) -> str:
     layers = f"{found['quantized']} layers in 8 bits"
     where = f", {found['simulated']}" if "simulated" in found else ""
     kept = f"{len(found['kept'])} blocks kept in floating point" if found["kept"] else "no block kept in floating point"
+    if found["not_faster"]:
+        kept += f", {len(found['not_faster'])} layers left that 8 bits make no faster"
     return (
         f"{layers}, {kept}; pictures {median(found['psnr_db']):.1f} dB from fp32 "
         f"(median of {len(found['psnr_db'])}, at least {found['budget_psnr_db']:g} asked for{where})"

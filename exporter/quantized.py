@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from calibration import mixed, prompts, quality, recipe, sensitivity
 from calibration.calibrate import calibrate, source
 from calibration.coverage import coverage
+from calibration.mixed import SURE, Costs, Gain
 from calibration.numbers import NUMBERS, with_half_scales
 from calibration.observe import Statistics
 from calibration.observe import load as load_statistics
@@ -24,6 +26,7 @@ from calibration.recipe import Done, Recipe
 from calibration.split import split
 from exporter import compile as compilers
 from exporter import hub as hubs
+from exporter import latency
 from runtimes.backends.onnxruntime import OnnxRuntimeSession
 from runtimes.errors import DexportError, Progress, silent
 from runtimes.manifest import Graph, Model
@@ -35,6 +38,9 @@ BESIDE = {"onnxruntime": "fp32", "openvino": "bf16", "tensorrt": "fp16"}
 """What the graphs beside the denoiser compute in, and what of it is not quantized, by backend."""
 SIMULATED = "simulated on ONNX Runtime: the same 8-bit numbers, fp32 beside them"
 BUDGET = "psnr=30"  # what is asked for where the user asks for nothing
+KEPT = "more noise for each second that 8 bits save than in any block that is quantized"
+MULTIPLICATIONS = 1e12  # a second, on a target that cannot be timed: only the blocks' proportions count
+NOT_FASTER = "8 bits make it no faster on the target"
 
 
 @dataclass(frozen=True)
@@ -139,7 +145,7 @@ def make(
         dynamic=compilers.dynamic(target) and recipe.is_dynamic(ir.load(file)),
         numbers=with_half_scales(numbers) if compilers.computes_in_fp16(target, precision) else numbers,
     )
-    made: dict[frozenset[str], Graph] = {}
+    made: dict[frozenset[str], tuple[Graph, Path]] = {}
     done: dict[frozenset[str], Done] = {}
     with tempfile.TemporaryDirectory(prefix=".quantized-", dir=output.parent) as work:
 
@@ -149,39 +155,52 @@ def make(
             ir.save(graph, onnx, external_data=f"{onnx.name}.data", size_threshold_bytes=1024)
             return onnx
 
-        def compiled(keep: frozenset[str]) -> Path:
-            folder = Path(work) / f"{len(keep)}" / name
+        def compiled(keep: frozenset[str]) -> tuple[Graph, Path]:
             if keep not in made:
+                folder = Path(work) / f"{len(made)}" / name
                 folder.mkdir(parents=True)
                 with tempfile.TemporaryDirectory(prefix="hub-", dir=work) as quantized:
-                    made[keep] = compilers.compile_graph(
+                    graph = compilers.compile_graph(
                         write(keep, Path(quantized)), hub_graph, folder, target, precision, max_batch=max_batch,
                         islands=islands, cache=cache,
                     )  # fmt: skip
-            return folder.parent
+                made[keep] = graph, folder.parent
+            return made[keep]
+
+        def opener(keep: frozenset[str]) -> Callable[[str], Session]:
+            graph, place = compiled(keep)
+            return _opener(model, output, target, name, place, graph)
 
         def attempt(keep: frozenset[str]) -> Quality:
-            progress(f"{target} {precision}: {len(keep)} blocks in floating point", min(0.9, 0.3 * len(done)))
+            what = f"{len(keep)} blocks and layers in floating point" if keep else "everything in 8 bits"
+            progress(f"{target} {precision}: {what}", min(0.9, 0.3 * len(done)))
             if here:
-                place = compiled(keep)
-                load = _opener(model, output, target, name, place, made[keep])
-                return quality.judge(calibrated.judged, model, output, load)
+                return quality.judge(calibrated.judged, model, output, opener(keep))
             with tempfile.TemporaryDirectory(prefix="simulated-", dir=work) as quantized:
                 load = _simulated(calibrated, name, write(keep, Path(quantized)))
                 return quality.judge(calibrated.judged, calibrated.model, calibrated.hub, load)
 
-        def noise() -> Any:
-            return sensitivity.noise(file, hub_graph, calibrated.statistics, wanted, calibrated.judged.calls, progress)
+        def costs() -> Costs:
+            if here:
+                return _costs(calibrated, wanted, file, hub_graph, target, precision, Path(work), progress)
+            return _simulated_costs(calibrated, wanted, file, hub_graph, progress)
 
-        layers, _ = recipe.candidates(split(ir.load(file))[0])
-        plan = mixed.search(calibrated.settings.budget, attempt, noise, mixed.work(layers))
-        keep = frozenset(plan.chosen.keep)
-        place = compiled(keep)
-        report = _report(calibrated, plan, done[keep]) | ({} if here else {"simulated": SIMULATED})
+        def race(*keeps: frozenset[str]) -> Gain:
+            if not here:
+                return Gain(0.0, 0.0)
+            progress(f"{target} {precision}: timing two good tries in turns", 0.9)
+            return latency.race([opener(keep)(name) for keep in keeps], calibrated.judged.calls[0][0])
+
+        plan = mixed.search(calibrated.settings.budget, attempt, costs, race)
+        keep = plan.chosen.keep
+        graph, place = compiled(keep)
+        report = _report(calibrated, plan, done[keep], BESIDE[target.backend], precision)
+        if not here:
+            report["simulated"] = SIMULATED
         folder = output / name
         shutil.rmtree(folder, ignore_errors=True)
         shutil.move(place / name, folder)
-    return Made(made[keep], report)
+    return Made(graph, report)
 
 
 def calibrate_hub(
@@ -239,31 +258,90 @@ def _runs_here(target: Target) -> bool:
     return target.device in [device.name for device in require(target.backend).devices()]
 
 
-def _report(calibrated: Calibrated, plan: mixed.Plan, done: Done) -> dict[str, Any]:
-    covered = coverage(calibrated.statistics)
+def _costs(
+    calibrated: Calibrated, wanted: Recipe, file: Path, graph: Graph, target: Target, precision: str, work: Path,
+    progress: Progress,
+) -> Costs:  # fmt: skip
+    """What 8 bits cost in noise and save in seconds, measured."""
+    statistics, calls = calibrated.statistics, calibrated.judged.calls
+    gains = latency.measure(file, graph, statistics, wanted, calls[0][0], target, precision, work, progress)
+    slow = tuple(name for name, gain in gains.items() if gain.slow)
+    noise = sensitivity.noise(file, graph, statistics, wanted, calls, progress, apart=slow)
+    saved: dict[str, float] = {}
+    for name, gain in gains.items():
+        unit = name if gain.slow else recipe.block(name)
+        saved[unit] = saved.get(unit, 0.0) + gain.saved
+    return Costs(noise, saved, slow)
+
+
+def _simulated_costs(calibrated: Calibrated, wanted: Recipe, file: Path, graph: Graph, progress: Progress) -> Costs:
+    """The same where no seconds can be measured: all layers are taken to be as fast."""
+    noise = sensitivity.noise(file, graph, calibrated.statistics, wanted, calibrated.judged.calls, progress)
+    saved: dict[str, float] = {}
+    for layer in recipe.candidates(split(ir.load(file))[0])[0]:
+        unit = recipe.block(layer.name)
+        saved[unit] = saved.get(unit, 0.0) + layer.work / MULTIPLICATIONS
+    return Costs(noise, saved)
+
+
+def _report(calibrated: Calibrated, plan: mixed.Plan, done: Done, floats: str, precision: str) -> dict[str, Any]:
+    covered, judged, found = coverage(calibrated.statistics), calibrated.judged, plan.chosen.quality
+    timesteps = [float(inputs["timestep"][0]) for inputs, _ in judged.calls]
     return {
         "budget_psnr_db": calibrated.settings.budget.psnr,
-        "prompts": list(calibrated.judged.prompts),
-        "steps": calibrated.judged.steps,
-        "psnr_db": [round(value, 2) for value in plan.chosen.quality.psnr],
-        "sqnr_db": [round(value, 2) for value in plan.chosen.quality.sqnr],
+        "prompts": list(judged.prompts),
+        "steps": judged.steps,
+        "psnr_db": [round(value, 2) for value in found.psnr],
+        "timesteps": timesteps,
+        "sqnr_db": [round(value, 2) for value in found.sqnr],
+        "latents_sqnr_db": [round(value, 2) for value in found.latents],
         "attempts": [
-            {"kept": len(one.keep), "psnr_median_db": round(one.quality.median, 2)} for one in plan.attempts
+            {
+                "kept": len(one.blocks), "not_faster": len(one.layers), "psnr_median_db": round(one.quality.median, 2),
+                **_race(plan.races.get(len(one.blocks))),
+            }
+            for one in plan.attempts
         ],
-        "kept": {name: float(f"{plan.noise[name]:.3g}") for name in plan.chosen.keep},
+        "kept": list(plan.chosen.blocks),
+        "not_faster": list(plan.chosen.layers),
+        "blocks": _blocks(plan, done, floats, precision),
         "calibration": {
             **dict(calibrated.statistics.settings), "calls": covered.calls, "late": round(covered.late, 4),
             "by_timestep": {f"{t:g}": count for t, count in covered.by_timestep.items()},
             "by_prompt": covered.by_prompt,
         },
-        **_layers(done),
+        **_layers(done, NOT_FASTER, plan.chosen.layers),
     }  # fmt: skip
 
 
-def _layers(done: Done) -> dict[str, Any]:
+def _blocks(plan: mixed.Plan, done: Done, floats: str, precision: str) -> list[dict[str, Any]]:
+    """Each block that could be quantized, and each layer that counts by itself: what became of it, and its figures."""
+    chosen, costs = plan.chosen, plan.costs
+    if costs is None:
+        return [{"name": name, "precision": precision} for name in dict.fromkeys(map(recipe.block, done.quantized))]
+    found = []
+    for name in sorted(costs.noise, key=costs.share, reverse=True):
+        kept, slow = name in chosen.keep, name in costs.slow
+        found.append({
+            "name": name, "precision": floats if kept else precision,
+            "noise": _short(costs.share(name)), "saved_seconds": _short(costs.saved[name]),
+            "sqnr_db": {f"{t:g}": round(-10 * float(np.log10(max(n, 1e-20))), 1) for t, n in costs.noise[name].items()},
+            **({"why": NOT_FASTER if slow else KEPT} if kept else {}),
+        })  # fmt: skip
+    return found
+
+
+def _race(gain: Gain | None) -> dict[str, Any]:
+    return {} if gain is None else {"saved_seconds": _short(gain.saved), "doubt_seconds": _short(SURE * gain.error)}
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.3g}")
+
+
+def _layers(done: Done, why: str = "", names: Collection[str] = ()) -> dict[str, Any]:
+    """How many layers are quantized, and which are not; ``why``: the reason for those of ``names``."""
+    left = {name: why if name in names else reason for name, reason in done.left.items()}
     return {
-        "quantized": len(done.quantized),
-        "dynamic": len(done.dynamic),
-        "smoothed": len(done.smoothed),
-        "left": dict(done.left),
-    }
+        "quantized": len(done.quantized), "dynamic": len(done.dynamic), "smoothed": len(done.smoothed), "left": left,
+    }  # fmt: skip

@@ -1,13 +1,14 @@
 """report.html: what was built and how exact it is, with pictures, in one file that needs nothing else.
 
-It holds no time and no speed, so that the same input gives the same bundle; ``dexport bench`` measures speed.
+It holds no time and no speed, so that the same input gives the same bundle; ``dexport bench`` measures speed. Only
+where seconds decided what is quantized, as they differ anyway, are they shown.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -25,6 +26,7 @@ table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .2rem .8re
 th { text-align: left } td.number { text-align: right; font-variant-numeric: tabular-nums }
 figure { display: inline-block; margin: 0 1rem 1rem 0 } img { width: 16rem; image-rendering: pixelated }
 """
+COLOURS = ("#36c", "#c33")  # of a chart's lines
 
 
 def render(
@@ -42,7 +44,7 @@ def render(
     if "fp16" in accuracy:
         parts.append(_fp16(accuracy["fp16"]))
     if "quantization" in accuracy:
-        parts.append(_quantization(accuracy["quantization"]))
+        parts.append(quantization(accuracy["quantization"]))
     body = "\n".join(parts)
     return (
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title>\n'
@@ -115,26 +117,102 @@ def _fp16(found: Mapping[str, Any]) -> str:
     )
 
 
-def _quantization(found: Mapping[str, Any]) -> str:
-    """What is in 8 bits and what is not, why, and what it cost."""
+def quantization(found: Mapping[str, Any]) -> str:
+    """What is in 8 bits and what is not, why, and what it cost: the manifest's ``quantization`` as HTML."""
     parts = [f"<h2>Quantization: {found['quantized']} layers in 8 bits</h2>"]
-    rows = [(prompt, f"{value:.1f}") for prompt, value in zip(found["prompts"], found["psnr_db"], strict=True)]
-    tries = [(str(one["kept"]), f"{one['psnr_median_db']:.1f}") for one in found["attempts"]]
-    kept = [(name, f"{noise:.2e}") for name, noise in found["kept"].items()]
     run = found["calibration"]
     parts += [
         f"<p>Pictures of {found['steps']} steps against fp32's, at the same seeds; the median must be at least "
         f"{found['budget_psnr_db']:g} dB{', ' + found['simulated'] if 'simulated' in found else ''}.</p>",
-        _table(("prompt, not calibrated with", "PSNR, dB"), rows),
-        "<h3>Tries</h3>" + _table(("blocks kept in floating point", "median PSNR, dB"), tries),
-        "<h3>Kept in floating point, the noisiest for their work first</h3>"
-        + _table(("block", "share of noise in the output, were it quantized"), kept),
-        f"<h3>Calibration: {run['calls']} calls</h3>"
-        + _table(("timestep", "ranges reached here"), [(t, str(n)) for t, n in run["by_timestep"].items()])
-        + _table(("prompt", "ranges reached here"), [(name, str(n)) for name, n in run["by_prompt"].items()]),
-    ]
+        _table(
+            ("prompt, not calibrated with", "PSNR, dB"),
+            [(prompt, f"{value:.1f}") for prompt, value in zip(found["prompts"], found["psnr_db"], strict=True)],
+        ),
+        _steps(found), _plan(found),
+        f"<h3>Calibration: {run['calls']} calls</h3>",
+        _table(("timestep", "ranges reached here"), [(t, str(n)) for t, n in run["by_timestep"].items()]),
+        _table(("prompt", "ranges reached here"), [(name, str(n)) for name, n in run["by_prompt"].items()]),
+    ]  # fmt: skip
     parts.append("<h3>Layers left in floating point</h3>" + _table(("layer", "why"), list(found["left"].items())))
     return "\n".join(parts)
+
+
+def _steps(found: Mapping[str, Any]) -> str:
+    """The first picture's SQNR, call by call and step by step."""
+    calls, latents = found["sqnr_db"], found["latents_sqnr_db"]
+    rows = [
+        (str(at + 1), f"{t:g}", f"{db:.1f}") for at, (t, db) in enumerate(zip(found["timesteps"], calls, strict=True))
+    ]
+    return (
+        "<h3>The first picture, step by step</h3>"
+        + _chart({"the output of each call, on fp32's inputs": calls, "latents after each step of a free run": latents})
+        + _table(("call", "timestep", "SQNR of its output, dB"), rows)
+        + _table(("step", "SQNR of the latents, dB"), [(str(at + 1), f"{db:.1f}") for at, db in enumerate(latents)])
+    )
+
+
+def _plan(found: Mapping[str, Any]) -> str:
+    """The tries, and every block with its precision, its figures and the reason why."""
+    tries = [
+        (
+            str(one["kept"]),
+            str(one["not_faster"]),
+            f"{one['psnr_median_db']:.1f}",
+            _milliseconds(one.get("saved_seconds")),
+            _milliseconds(one.get("doubt_seconds")),
+        )
+        for one in found["attempts"]
+    ]
+    tried = (
+        "blocks kept in floating point", "layers kept that are no faster", "median PSNR, dB",
+        "saves beside the good try that keeps the fewest, ms a call", "give or take",
+    )  # fmt: skip
+    blocks = [
+        (
+            one["name"], one["precision"], f"{one['noise']:.2e}" if "noise" in one else "",
+            ", ".join(f"{db:.1f} at {t}" for t, db in one.get("sqnr_db", {}).items()),
+            _milliseconds(one.get("saved_seconds")), one.get("why", ""),
+        )
+        for one in found["blocks"]
+    ]  # fmt: skip
+    heads = (
+        "block or layer", "precision", "noise in the output, were it alone in 8 bits", "as SQNR, dB at timestep",
+        "8 bits save, ms a call", "why it is kept",
+    )  # fmt: skip
+    shown = len(heads) if any("noise" in one for one in found["blocks"]) else 2
+    return (
+        "<h3>Tries</h3>"
+        + _table(tried, tries)
+        + "<h3>Blocks</h3>" + _table(heads[:shown], [row[:shown] for row in blocks])
+    )  # fmt: skip
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds * 1e3:.3g}"
+
+
+def _chart(lines: Mapping[str, Sequence[float]], width: int = 640, height: int = 200) -> str:
+    """Lines over the run, from its first call to its last, as an SVG with the least and the greatest value marked."""
+    values = [value for line in lines.values() for value in line]
+    low, high = min(values), max(values)
+    space, parts = 24, []  # around the lines, for the numbers
+    for index, (name, line) in enumerate(lines.items()):
+        points = [
+            (
+                space * 2 + (width - 3 * space) * (at / max(1, len(line) - 1)),
+                space + (height - 2 * space) * (high - value) / ((high - low) or 1.0),
+            )
+            for at, value in enumerate(line)
+        ]
+        path, colour = " ".join(f"{x:.1f},{y:.1f}" for x, y in points), COLOURS[index]
+        legend = f'x="{width - space}" y="{height - 4 - 14 * index}" fill="{colour}" text-anchor="end"'
+        parts += [
+            f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{path}"/>',
+            f"<text {legend}>{escape(name)}</text>",
+        ]
+    marks = [(space, high), (height - space, low)]
+    parts += [f'<text x="0" y="{y + 4}">{value:.1f} dB</text>' for y, value in marks]
+    return f'<svg viewBox="0 0 {width} {height}" width="{width}" font-size="12">{"".join(parts)}</svg>'
 
 
 def _table(heads: tuple[str, ...], rows: list[Any]) -> str:

@@ -2,23 +2,30 @@
 
     python examples/emoji/evaluate.py examples/emoji/model            # the checkpoint, with diffusers
     python examples/emoji/evaluate.py BUNDLE [--against BUNDLE]       # a bundle, without torch
+    python examples/emoji/evaluate.py BUNDLE --against examples/emoji/model --gate   # 1 where it is too far from it
 
 Retrieval: the share of prompts whose picture is nearest to the right one of all 1,636 emoji (mean squared pixel
 distance), or has it among its five nearest. Fréchet distance: between Gaussians fitted to the VAE encoder's latents; it
 is shown beside its null, the distance between two runs of one model that differ in nothing but the seeds.
+
+Against another model, at the same seeds: PSNR of the pictures and the difference of top-1 with the bootstrap's 95 %
+intervals, and the shift of the Fréchet distance to the data beside the interval that other seeds alone move it in.
+With a gate the figures must reach its thresholds; what is missed is named, and the exit code is 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from data import load, prompts
+from measures import Gate, Reference, retrieval
 from numpy.typing import NDArray
 
 from runtimes.image import grid
@@ -37,62 +44,31 @@ class Model:
     encode: Callable[[Array], Array]
 
 
-def retrieval(images: Array, right: list[int]) -> tuple[Array, Array]:
-    """For each image whether its emoji is the nearest of all, and whether it is among the five nearest."""
-    tiles = load()[0].reshape(-1, 32 * 32 * 3).astype(np.float32) / 255
-    flat = images.transpose(0, 2, 3, 1).reshape(len(images), -1).astype(np.float32)
-    distance = (flat**2).sum(1)[:, None] - 2 * flat @ tiles.T + (tiles**2).sum(1)[None]
-    order = np.argsort(distance, axis=1)
-    first = order[:, 0] == right
-    return first, (order[:, :5] == np.asarray(right)[:, None]).any(axis=1)
-
-
-def frechet(one: Array, other: Array) -> float:
-    """Fréchet distance of Gaussians fitted to two sets of latents [N, ...] (Dowson and Landau 1982)."""
-    x, y = (value.reshape(len(value), -1).astype(np.float64) for value in (one, other))
-    cx, cy = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
-    values, vectors = np.linalg.eigh(cx)
-    root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
-    cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ cy @ root), 0, None)).sum()
-    return float(np.square(x.mean(0) - y.mean(0)).sum() + np.trace(cx) + np.trace(cy) - 2 * cross)
-
-
 def draw_all(model: Model, words: list[str], seed: int) -> Array:
     """Draw every prompt, image i with seed + i."""
     pieces = []
     for start in range(0, len(words), BATCH):
         piece = words[start : start + BATCH]
         pieces.append(model.draw(piece, [seed + start + index for index in range(len(piece))]))
-        print(f"\r{start + len(piece)}/{len(words)} pictures", end="", flush=True)
-    print("\r", end="")
+        print(f"\r{start + len(piece)}/{len(words)} pictures", end="", flush=True, file=sys.stderr)
+    print("\r", end="", file=sys.stderr)
     return np.concatenate(pieces)
 
 
-def judge(model: Model, count: int, against: Model | None = None) -> tuple[dict[str, float], Array]:
-    """Return the figures by name, and the pictures."""
+def judge(model: Model, count: int, against: Model | None = None) -> tuple[dict[str, Any], Array]:
+    """Return the figures by name, and the pictures; the encoder and the null are those of ``against``, if given."""
     right, words = prompts(count)
     images = draw_all(model, words, 0)
     first, five = retrieval(images, right)
-    data = load()[0][right].transpose(0, 3, 1, 2).astype(np.float32) / 255
-    latents = model.encode(images)
-    null = frechet(latents, model.encode(draw_all(model, words, SECOND_SEED)))
-    figures = {
-        "prompts": count,
-        "top1": float(first.mean()),
-        "top5": float(five.mean()),
-        "frechet_to_data": frechet(latents, model.encode(data)),
-        "frechet_null": null,
+    figures: dict[str, Any] = {"prompts": count, "top1": float(first.mean()), "top5": float(five.mean())}
+    other = against or model
+    others = images if against is None else draw_all(against, words, 0)
+    reference = Reference(others, draw_all(other, words, SECOND_SEED), right, other.encode)
+    figures |= {
+        "frechet_to_data": reference.data.distance(other.encode(images)),
+        "frechet_null": reference.seeds,
     }
-    if against is not None:
-        others = draw_all(against, words, 0)
-        error = np.square(images - others).mean((1, 2, 3))
-        psnr = -10 * np.log10(np.maximum(error, 1e-20))
-        figures |= {
-            "frechet_to_other": frechet(latents, model.encode(others)),
-            "psnr_median_db": float(np.median(psnr)),
-            "psnr_10th_percentile_db": float(np.percentile(psnr, 10)),
-        }
-    return figures, images
+    return figures | (reference.compare(images) if against is not None else {}), images
 
 
 def open_checkpoint(folder: Path, steps: int, guidance: float) -> Model:
@@ -138,7 +114,8 @@ def open_model(folder: Path, steps: int, guidance: float) -> Model:
     return (open_bundle if (folder / "dexport.json").is_file() else open_checkpoint)(folder, steps, guidance)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Judge, print the figures as JSON and return the exit code: 1 where a gate is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="a checkpoint or a bundle")
     parser.add_argument("--against", type=Path, help="another one, compared at the same seeds")
@@ -146,26 +123,49 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--picture", type=Path, help="write a grid here: each emoji above what was drawn for its name")
-    options = parser.parse_args()
+    parser.add_argument(
+        "--gate", action="store_true", help="hold the model to the thresholds below; one alone does too"
+    )
+    thresholds = {
+        "psnr": f"least median PSNR, dB (default {Gate.psnr:g})",
+        "psnr_10th": f"least 10th percentile of PSNR, dB (default {Gate.psnr_10th:g})",
+        "top1_drop": f"most that top-1 may fall, percentage points (default {Gate.top1_drop:g})",
+    }
+    for name, text in thresholds.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=float, help=text)
+    options = parser.parse_args(arguments)
+    given = {name: value for name in thresholds if (value := getattr(options, name)) is not None}
+    gate = Gate(**given) if options.gate or given else None
+    if gate and not options.against:
+        parser.error("a gate compares with another model; name it with --against")
     model = open_model(options.model, options.steps, options.guidance)
     other = open_model(options.against, options.steps, options.guidance) if options.against else None
     figures, images = judge(model, options.count, other)
-    print(json.dumps(figures, indent=2))
+    missed = gate.missed(figures) if gate else []
+    print(json.dumps(figures | ({"gate": asdict(gate), "missed": missed} if gate else {}), indent=2))
     if options.picture:
-        from PIL import Image
+        _write_grid(images, options.count, options.picture)
+    for line in missed:
+        print(f"missed: {line}", file=sys.stderr)
+    return 1 if missed else 0
 
-        from runtimes.image import to_images
 
-        right, _ = prompts(options.count)
-        drawn, real = to_images(images), [Image.fromarray(load()[0][index]) for index in right]
-        rows = [
-            row
-            for start in range(0, min(len(drawn), 96), 16)
-            for row in (real[start : start + 16], drawn[start : start + 16])
-        ]
-        sheet = grid(rows)
-        sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST).save(options.picture)
+def _write_grid(images: Array, count: int, file: Path) -> None:
+    """Each emoji above what was drawn for its name."""
+    from PIL import Image
+
+    from runtimes.image import to_images
+
+    right, _ = prompts(count)
+    drawn, real = to_images(images), [Image.fromarray(load()[0][index]) for index in right]
+    rows = [
+        row
+        for start in range(0, min(len(drawn), 96), 16)
+        for row in (real[start : start + 16], drawn[start : start + 16])
+    ]
+    sheet = grid(rows)
+    sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST).save(file)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from calibration import layers, quantize
+from calibration.calibrate import instrument
+from runtimes.errors import DexportError
 from tests.calibration import oracles
 from tests.calibration.small import Array, fake, graph, run
 
@@ -130,3 +134,10 @@ def test_what_is_no_bias(after: str) -> None:
     weights = {"w": normal(4, 4), "c": normal(4, 4, 1, 1), "v": normal(4), "m": normal(4, 4)}
     (layer,), _ = layers.find(graph(f"g (float[B,4,4,4] x) => (float[B,4,4,4] y) {{ {after} }}", weights))
     assert layer.bias is None
+
+
+def test_a_graph_of_which_nothing_can_be_quantized_is_refused_in_one_line(tmp_path: Path) -> None:
+    text = "g (float[B,4] x) => (float[B,4] y) { h = MatMul(x, w) y = MatMul(h, v) }"  # a first layer and a last one
+    ir.save(graph(text, {"w": normal(4, 4), "v": normal(4, 4)}), tmp_path / "model.onnx")
+    with pytest.raises(DexportError, match=r"no layer of it can be quantized \(w: no layer before it\); build it in"):
+        instrument(tmp_path / "model.onnx")

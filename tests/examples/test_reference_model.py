@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -78,3 +79,16 @@ def test_every_bundle_passes_its_own_test(bundles: Path) -> None:
         checks = dexport.verify(bundles / name)
         assert len(checks) == 4
         assert all(check.passed for check in checks)
+
+
+def test_the_gate_of_the_judge(bundles: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The bf16 bundle against the fp32 one: near enough in all but the 150 dB that are asked for here."""
+    words = [str(bundles / BUNDLES[2]), "--against", str(bundles / BUNDLES[1]), "--count", "32", "--steps", "4"]
+    assert evaluate.main([*words, "--psnr", "150"]) == 1
+    said = capsys.readouterr()
+    figures = json.loads(said.out)
+    assert len(figures["missed"]) == 1 and f"missed: {figures['missed'][0]}" in said.err
+    assert figures["gate"]["psnr"] == 150 and 40 < figures["psnr_median_db"] < 100
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([words[0], "--gate"])
+    assert stop.value.code == 2 and "--against" in capsys.readouterr().err
