@@ -24,10 +24,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
+from calibration.graph import add_node, add_weight, drop_unused, replace_value
+from calibration.precision import LIMITS, beyond
 from calibration.weights import DYNAMIC as NOTE
-from calibration.weights import GROUP, NARROW, group_of, narrow
+from calibration.weights import GROUP, NARROW, SMALLEST, group_of, narrow
 from runtimes.backends.openvino import GROUP_SIZE, HINT, load, version
 from runtimes.errors import DexportError, Progress
 from runtimes.manifest import Graph
@@ -96,12 +99,42 @@ def build(
 
 
 def _narrowed(source: Path, folder: Path, graph: Graph, precision: str) -> Path:
-    """The graph with narrow weights, in ``folder``; ``source`` itself for other precisions."""
-    if precision not in NARROW:
+    """The graph with narrow weights, in ``folder``; ``source`` itself where OpenVINO can make them so."""
+    if precision in NARROW:
+        model, _ = narrow(ir.load(source), NARROW[precision], group_of(graph.kind, precision))
+    elif precision == "int8" and WEIGHTS[precision] == "fp16":
+        model, _ = store_in_fp16(ir.load(source))
+    else:
         return source
-    model, _ = narrow(ir.load(source), NARROW[precision], group_of(graph.kind, precision))
     ir.save(model, folder / "model.onnx", external_data="model.onnx.data", size_threshold_bytes=1024)
     return folder / "model.onnx"
+
+
+def store_in_fp16(model: ir.Model) -> tuple[ir.Model, bool]:
+    """Store the large float weights in fp16, each with a Cast behind it, as OpenVINO's own compression does.
+
+    That leaves a model alone in which anything is narrower already: of a quantized one all that stays in floating point
+    would be stored in fp32. A weight that fp16 cannot hold stays as it is.
+    """
+    modified = False
+    for name, value in list(model.graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is None or value.dtype != ir.DataType.FLOAT or tensor.size < SMALLEST or value.is_graph_output():
+            continue
+        readers = [use.node for use in value.uses()]
+        scales = any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in readers)
+        if not readers or scales or beyond(tensor, LIMITS["fp16"]) is not None:
+            continue
+        half = add_weight(
+            model.graph, f"{name}_fp16", tensor, lambda wide: wide.astype(np.float16), ir.DataType.FLOAT16
+        )
+        to = [ir.AttrInt64("to", ir.DataType.FLOAT.value)]
+        first = next(node for node in model.graph if node in set(readers))
+        wide = add_node(first, "Cast", [half], f"{name}_wide", ir.DataType.FLOAT, to, shape=value.shape)
+        replace_value(value, wide)
+        drop_unused(value)
+        modified = True
+    return model, modified
 
 
 def _ends(source: Path, islands: Collection[str]) -> list[tuple[set[str], set[str]]]:

@@ -78,7 +78,9 @@ def test_a_bundle_meets_its_budget_and_says_how(
     error = np.square(pipeline.decode(last.sample) - exact).mean()
     assert 25 < -10 * np.log10(error) < 60  # int8 it is, and near
     weights = sum(path.stat().st_size for path in (tmp_path / "bundle" / GRAPH).iterdir())
-    assert weights < 0.5 * sum(path.stat().st_size for path in (folder / GRAPH).iterdir())
+    assert weights < (0.58 if target == "openvino" else 0.5) * sum(  # what is kept is stored in fp16 there
+        path.stat().st_size for path in (folder / GRAPH).iterdir()
+    )
 
 
 def check_the_plan(report: dict[str, Any]) -> None:
