@@ -11,7 +11,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from calibration import observe
+from calibration import observe, scores
 from calibration.layers import find
 from calibration.observe import Observer, Statistics
 from calibration.prompts import DEFAULT, check
@@ -82,6 +82,8 @@ def instrument(file: Path) -> tuple[ir.Model, dict[str, int]]:
     for layer in layers:
         if layer.kind == "conv":  # whose kernels in some runtimes give 8-bit numbers
             values.setdefault(str(layer.output.name), layer.channel)
+    for one in scores.find(model, layers):
+        values |= {str(value.name): scores.CHANNEL for value in one.operands}
     model, _ = observe.watch(model, values)
     return model, values
 

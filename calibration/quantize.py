@@ -38,7 +38,7 @@ def write(
     for layer in layers:
         name = str(layer.input.name)
         if name not in activations:
-            activations[name] = _quantize_activation(layer, scales[name], numbers)
+            activations[name] = quantize_activation(layer.node, layer.input, scales[name], numbers)
         key = (str(layer.weight.name), layer.out_axis)
         if key not in weights:
             weights[key] = _quantize_weight(layer, numbers)
@@ -56,8 +56,8 @@ def output_scale(node: ir.Node) -> float:
     return float(node.metadata_props[OUTPUT])
 
 
-def _quantize_activation(layer: Layer, scale: float, numbers: Numbers) -> ir.Value:
-    value, node = layer.input, layer.node
+def quantize_activation(node: ir.Node, value: ir.Value, scale: float, numbers: Numbers) -> ir.Value:
+    """What is left of a value after 8 bits, for the node ``node`` and those after it."""
     assert node.graph is not None
     factor = add_constant(node.graph, f"{value.name}_scale", numbers.held(scale))
     zero = add_constant(node.graph, f"{value.name}_zero_point", numbers.round(np.zeros(())))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from calibration import bias, quantize, ranges, smooth
+from calibration import scores as attention
 from calibration.layers import Layer, find
 from calibration.numbers import INT8, Numbers
 from calibration.observe import Statistics
@@ -33,6 +34,7 @@ class Recipe:
 
     dynamic: linear layers have their activations rounded by the runtime, token by token; see ``is_dynamic``. smooth:
     even out channels, where ``numbers`` are whole: floats err by the same share of small and large ones.
+    scores: queries and keys of long attention are quantized too (calibration.scores).
     """
 
     observer: str = "mse"
@@ -40,6 +42,7 @@ class Recipe:
     dynamic: bool = False
     smooth: bool = True
     correct_bias: bool = True
+    scores: bool = False
     keep: frozenset[str] = frozenset()
 
 
@@ -47,13 +50,15 @@ class Recipe:
 class Done:
     """What became of each layer: quantized, smoothed (a value's name), or left, with the reason.
 
-    dynamic: those of the quantized ones whose activations the runtime rounds.
+    dynamic: those of the quantized ones whose activations the runtime rounds. scores: the layers that make the queries
+    of attentions whose scores are quantized.
     """
 
     quantized: tuple[str, ...]
     smoothed: tuple[str, ...]
     left: Mapping[str, str]
     dynamic: tuple[str, ...] = ()
+    scores: tuple[str, ...] = ()
 
 
 def apply(model: ir.Model, statistics: Statistics, recipe: Recipe) -> tuple[ir.Model, Done]:
@@ -63,11 +68,15 @@ def apply(model: ir.Model, statistics: Statistics, recipe: Recipe) -> tuple[ir.M
     chosen: list[Layer] = []
     dynamic: list[Layer] = []
     scales: dict[str, float] = {}
+    long = [
+        one for one in attention.find(model, layers) if recipe.scores and block(one.name) not in recipe.keep
+        and not _measure(one.name, one.operands, statistics, recipe, scales)
+    ]  # fmt: skip
     for layer in layers:
         kept = layer.name in recipe.keep or block(layer.name) in recipe.keep
         why = "kept in floating point by the plan" if kept else None
         by_token = recipe.dynamic and layer.kind == "linear"
-        why = why or (None if by_token else _measure(layer, statistics, recipe, scales))
+        why = why or (None if by_token else _measure(layer.name, _observed(layer), statistics, recipe, scales))
         if why:
             left[layer.name] = why
         elif by_token:
@@ -81,12 +90,14 @@ def apply(model: ir.Model, statistics: Statistics, recipe: Recipe) -> tuple[ir.M
         as_they_were = [layer for layer in chosen if str(layer.input.name) not in smoothed]
         model, _ = bias.correct(model, as_they_were, statistics.values, recipe.numbers)
     model, _ = quantize.write(model, chosen, scales | smoothed, recipe.numbers)
+    model, _ = attention.write(model, long, scales, recipe.numbers)
     model, modified = narrow(model, 8, GROUP, [layer.node for layer in dynamic])
     if modified:
         model.metadata_props[DYNAMIC] = str(GROUP)
     narrowed = tuple(layer.name for layer in dynamic if not layer.weight.is_initializer())
     left |= {layer.name: "small, or its weight is read elsewhere" for layer in dynamic if layer.weight.is_initializer()}
-    return model, Done((*(layer.name for layer in chosen), *narrowed), tuple(smoothed), left, narrowed)
+    quantized = (*(layer.name for layer in chosen), *narrowed)
+    return model, Done(quantized, tuple(smoothed), left, narrowed, tuple(one.name for one in long))
 
 
 def is_dynamic(model: ir.Model) -> bool:
@@ -135,17 +146,24 @@ def block(name: str) -> str:
     return ".".join(parts[: found + 1]) if found else name
 
 
-def _measure(layer: Layer, statistics: Statistics, recipe: Recipe, scales: dict[str, float]) -> str | None:
-    """Add the scales that a layer needs; return why it has none."""
-    for value in (layer.input, layer.output) if layer.kind == "conv" else (layer.input,):
+def _observed(layer: Layer) -> tuple[ir.Value, ...]:
+    """The values whose ranges a layer needs."""
+    return (layer.input, layer.output) if layer.kind == "conv" else (layer.input,)
+
+
+def _measure(
+    who: str, values: Sequence[ir.Value], statistics: Statistics, recipe: Recipe, scales: dict[str, float]
+) -> str | None:
+    """Add the scales that a layer or an attention needs of values; return why it has none."""
+    for value in values:
         name = str(value.name)
         if name in scales:
             continue
         if name not in statistics.values:
-            raise DexportError(f"the statistics lack {name!r}, which {layer.name} needs; calibrate again")
+            raise DexportError(f"the statistics lack {name!r}, which {who} needs; calibrate again")
         observed = statistics.values[name]
         if observed.peak == 0:
-            return "its input was only zeros" if value is layer.input else "its output was only zeros"
+            return "its input was only zeros" if value is values[0] else "its output was only zeros"
         scales[name] = ranges.scale(observed, recipe.observer, recipe.numbers)
     return None
 

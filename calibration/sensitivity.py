@@ -18,10 +18,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from calibration import ranges
+from calibration import ranges, scores
 from calibration.graph import add_constant, add_node
 from calibration.layers import Layer
-from calibration.numbers import NEAREST_ZERO
+from calibration.numbers import NEAREST_ZERO, Numbers
 from calibration.observe import Statistics
 from calibration.ranges import MOST
 from calibration.recipe import Recipe, block, candidates
@@ -73,38 +73,52 @@ def switched(
     switches = ir.Value(name=SWITCHES, shape=ir.Shape([len(blocks)]), type=ir.TensorType(ir.DataType.FLOAT))
     model.graph.inputs.append(switches)
     made: dict[tuple[str, str], ir.Value] = {}
-    for layer in layers:
-        key = (str(layer.input.name), unit[layer.name])
+    # Every operand that is rounded: its reader, its place there, its unit, and the group that shares a scale, if any.
+    places = [(layer.node, 0, unit[layer.name], _group(layer) if recipe.dynamic else None) for layer in layers]
+    for one in scores.find(model, layers) if recipe.scores else ():
+        if all(statistics.values[str(value.name)].peak for value in one.operands):
+            places += [(one.node, index, unit[one.name], None) for index in range(2)]
+    for node, index, name, group in places:
+        value = node.inputs[index]
+        assert value is not None
+        key = (str(value.name), name)
         if key not in made:
-            made[key] = _switch(model.graph, layer, switches, blocks.index(key[1]), statistics, recipe, len(made))
-        layer.node.replace_input_with(0, made[key])
+            scale = ranges.scale(statistics.values[key[0]], recipe.observer, recipe.numbers)
+            switch = add_constant(model.graph, f"switch_{len(made)}_place", np.int64(blocks.index(name)))
+            made[key] = _switch(node, value, (switches, switch), f"switch_{len(made)}", scale, recipe.numbers, group)
+        node.replace_input_with(index, made[key])
     return model, blocks
 
 
+def _group(layer: Layer) -> int | None:
+    """How many inputs of a linear layer share a scale where the runtime rounds them; None for a convolution."""
+    if layer.kind != "linear":
+        return None
+    assert layer.weight.const_value is not None
+    width = int(layer.weight.const_value.shape.numpy()[layer.in_axis])
+    return GROUP if width % GROUP == 0 else width
+
+
 def _switch(
-    graph: ir.Graph, layer: Layer, switches: ir.Value, index: int, statistics: Statistics, recipe: Recipe, number: int
-) -> ir.Value:
-    value, name = layer.input, f"switch_{number}"
-    scale = add_constant(
-        graph,
-        f"{name}_scale",
-        np.float32(ranges.scale(statistics.values[str(value.name)], recipe.observer, recipe.numbers)),
-    )
-    zero = add_constant(graph, f"{name}_zero", recipe.numbers.round(np.zeros(())))
-    place = add_constant(graph, f"{name}_place", np.int64(index))
+    node: ir.Node, value: ir.Value, switch: tuple[ir.Value, ir.Value], name: str, scale: float, numbers: Numbers,
+    group: int | None,
+) -> ir.Value:  # fmt: skip
+    """The formula of the module's head for a value that ``node`` reads; ``switch``: all switches, and which."""
+    graph = node.graph
+    assert graph is not None
 
     def add(operator: str, inputs: Sequence[ir.Value], what: str, dtype: Any = ir.DataType.FLOAT) -> ir.Value:
-        return add_node(layer.node, operator, inputs, f"{name}_{what}", dtype)
+        return add_node(node, operator, inputs, f"{name}_{what}", dtype)
 
-    if recipe.dynamic and layer.kind == "linear":
-        assert layer.weight.const_value is not None
-        width = int(layer.weight.const_value.shape.numpy()[layer.in_axis])
-        rounded = _round_in_groups(graph, add, value, name, GROUP if width % GROUP == 0 else width)
+    if group is not None:
+        rounded = _round_in_groups(graph, add, value, name, group)
     else:
-        numbers = add("QuantizeLinear", [value, scale, zero], "numbers", recipe.numbers.dtype)
-        rounded = add("DequantizeLinear", [numbers, scale, zero], "rounded")
+        factor = add_constant(graph, f"{name}_scale", np.float32(scale))
+        zero = add_constant(graph, f"{name}_zero", numbers.round(np.zeros(())))
+        held = add("QuantizeLinear", [value, factor, zero], "numbers", numbers.dtype)
+        rounded = add("DequantizeLinear", [held, factor, zero], "rounded")
     error = add("Sub", [rounded, value], "error")
-    part = add("Mul", [error, add("Gather", [switches, place], "on")], "part")
+    part = add("Mul", [error, add("Gather", list(switch), "on")], "part")
     return add("Add", [value, part], "value")
 
 

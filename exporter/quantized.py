@@ -28,6 +28,7 @@ from exporter import compile as compilers
 from exporter import hub as hubs
 from exporter import latency
 from runtimes.backends.onnxruntime import OnnxRuntimeSession
+from runtimes.backends.openvino import HINT
 from runtimes.errors import DexportError, Progress, silent
 from runtimes.manifest import Graph, Model
 from runtimes.session import Session, require
@@ -143,6 +144,7 @@ def make(
     wanted = replace(
         calibrated.settings.recipe,
         dynamic=compilers.dynamic(target) and recipe.is_dynamic(ir.load(file)),
+        scores=compilers.integer_scores(target),
         numbers=with_half_scales(numbers) if compilers.computes_in_fp16(target, precision) else numbers,
     )
     made: dict[frozenset[str], tuple[Graph, Path]] = {}
@@ -194,7 +196,13 @@ def make(
         plan = mixed.search(calibrated.settings.budget, attempt, costs, race)
         keep = plan.chosen.keep
         graph, place = compiled(keep)
-        report = _report(calibrated, plan, done[keep], BESIDE[target.backend], precision)
+        for other in compilers.alternatives(graph, target, precision) if here else ():
+            progress(f"{target} {precision}: timing other settings in turns", 0.95)
+            sessions = [_opener(model, output, target, name, place, one)(name) for one in (graph, other)]
+            if latency.race(sessions, calibrated.judged.calls[0][0]).faster:
+                graph = other
+        floats = "fp32" if graph.properties.get(HINT) == "f32" else BESIDE[target.backend]
+        report = _report(calibrated, plan, done[keep], floats, precision)
         if not here:
             report["simulated"] = SIMULATED
         folder = output / name
@@ -343,5 +351,6 @@ def _layers(done: Done, why: str = "", names: Collection[str] = ()) -> dict[str,
     """How many layers are quantized, and which are not; ``why``: the reason for those of ``names``."""
     left = {name: why if name in names else reason for name, reason in done.left.items()}
     return {
-        "quantized": len(done.quantized), "dynamic": len(done.dynamic), "smoothed": len(done.smoothed), "left": left,
+        "quantized": len(done.quantized), "dynamic": len(done.dynamic), "scores": len(done.scores),
+        "smoothed": len(done.smoothed), "left": left,
     }  # fmt: skip

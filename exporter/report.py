@@ -120,6 +120,10 @@ def _fp16(found: Mapping[str, Any]) -> str:
 def quantization(found: Mapping[str, Any]) -> str:
     """What is in 8 bits and what is not, why, and what it cost: the manifest's ``quantization`` as HTML."""
     parts = [f"<h2>Quantization: {found['quantized']} layers in 8 bits</h2>"]
+    if found["dynamic"]:
+        parts.append(f"<p>In {found['dynamic']} of them the runtime rounds activations itself, token by token.</p>")
+    if found["scores"]:
+        parts.append(f"<p>So are the queries and keys of {found['scores']} long attentions.</p>")
     run = found["calibration"]
     parts += [
         f"<p>Pictures of {found['steps']} steps against fp32's, at the same seeds; the median must be at least "

@@ -26,6 +26,7 @@ class Compiler(Protocol):
     WHY: str  # why it builds no other precisions: the end of the sentence "there is no bf16 here: ..."
 
     DYNAMIC: tuple[str, ...]  # devices whose int8 linear layers can round activations themselves, group by group
+    SCORES: tuple[str, ...]  # devices on which long attention is faster with queries and keys in 8 bits
 
     def precisions(self, target: Target) -> tuple[str, ...]:
         """What it can build for a target, the most exact one first."""
@@ -38,6 +39,9 @@ class Compiler(Protocol):
 
     def depends_on(self, target: Target) -> str:
         """Everything outside dexport that the result depends on: compiler, version, GPU; a part of the cache's key."""
+
+    def alternatives(self, graph: Graph, target: Target, precision: str) -> tuple[Graph, ...]:
+        """What was built under other properties, at least as exact, that may be faster on some machines."""
 
     def build(
         self, source: Path, graph: Graph, output: Path, target: Target, precision: str, max_batch: int,
@@ -54,6 +58,16 @@ def precisions(target: Target) -> tuple[str, ...]:
 def dynamic(target: Target) -> bool:
     """Whether its int8 kernels can round the activations of linear layers themselves, with a scale for each group."""
     return target.device in _compiler(target).DYNAMIC
+
+
+def integer_scores(target: Target) -> bool:
+    """Whether long attention is faster there with queries and keys in 8 bits."""
+    return target.device in _compiler(target).SCORES
+
+
+def alternatives(graph: Graph, target: Target, precision: str) -> tuple[Graph, ...]:
+    """A compiled graph's files under other properties, at least as exact; which is faster depends on the machine."""
+    return _compiler(target).alternatives(graph, target, precision)
 
 
 def computes_in_fp16(target: Target, precision: str) -> bool:

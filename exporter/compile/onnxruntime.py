@@ -41,6 +41,7 @@ from runtimes.target import Target
 
 WHY = "ONNX Runtime's CPU kernels have no bf16 arithmetic and no fp8, and fp16 is slower than fp32 there"
 DYNAMIC = ("cpu", "arm64")  # MatMulNBits rounds activations itself
+SCORES = ()  # its attention is one float operator
 LONG = 1024 * 1024  # queries × keys from which MultiHeadAttention is faster (see above)
 WIDEST_HEAD = 160  # the widest head measured to be so
 MICROSOFT = "com.microsoft"
@@ -67,6 +68,11 @@ def check(target: Target) -> None:
 def depends_on(target: Target) -> str:
     """The versions of the writer and of the runtime whose kernels the rules were measured on."""
     return ", ".join(f"{name} {metadata.version(name)}" for name in ("onnx-ir", "onnxruntime"))
+
+
+def alternatives(graph: Graph, target: Target, precision: str) -> tuple[Graph, ...]:
+    """None: its files say all."""
+    return ()
 
 
 def build(

@@ -24,6 +24,7 @@ from runtimes.target import Target
 
 WHY = "its GPU has no kernels for it"
 DYNAMIC = ()  # its int8 kernels take one scale for an activation, known when the engine is built
+SCORES = ()  # its fused attention is of floats
 QUANTIZED = ("int8", "fp8")  # layers as the graph's QDQ says; what is beside them is fp16, which a GPU is fast with
 
 
@@ -51,6 +52,11 @@ def depends_on(target: Target) -> str:
     trt = _flavour(target)
     gpu = f"{cuda.gpu()}" if target.device == "local" else target.device
     return f"{trt.__name__} {trt.__version__} {gpu}"
+
+
+def alternatives(graph: Graph, target: Target, precision: str) -> tuple[Graph, ...]:
+    """None: its files say all."""
+    return ()
 
 
 def build(
