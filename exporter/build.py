@@ -42,6 +42,8 @@ def build(
     *,
     targets: Sequence[str] | str,
     precisions: Sequence[str] | str = ("fp32",),
+    config: Path | str | None = None,
+    loras: Sequence[Path | str] = (),
     shape: tuple[int, int] | None = None,
     dynamic_shape: bool = False,
     sampler: str | None = None,
@@ -55,7 +57,8 @@ def build(
     """Make bundles of a checkpoint, one for each target and precision, each proven against the torch model.
 
     ``targets``: "openvino", for each of ``precisions``; or "openvino=bf16", in that one alone. With one target and
-    precision ``output`` is the bundle, else ``output/<target>-<precision>``. ``shape``: (height, width) in pixels.
+    precision ``output`` is the bundle, else ``output/<target>-<precision>``. ``config`` and ``loras``: as in
+    ``exporter.checkpoint.read``. ``shape``: (height, width) in pixels.
     ``sampler``: the bundles' own, in place of the checkpoint's. ``max_batch``: the largest batch of an engine whose
     shapes are fixed when it is built. ``keep_hub``: keep the ONNX hub there. ``quantization``: for int8, how it is
     calibrated and the quality that it must keep. Raises DexportError for bad input and
@@ -72,7 +75,7 @@ def build(
     settings = _check_quantization(quantization, pairs)
     if keep_hub:
         bundle.check_free(keep_hub, overwrite, [checkpoint])
-    source = checkpoints.read(checkpoint)
+    source = checkpoints.read(checkpoint, config=config, loras=loras)
     source = replace(source, scheduler=samplers.choose(source.scheduler, sampler))
     with tempfile.TemporaryDirectory(prefix=".dexport-", dir=_existing(output)) as work:
         hub_folder = keep_hub or Path(work) / "hub"
