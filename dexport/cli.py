@@ -50,6 +50,12 @@ lora_option = click.option(
 )  # fmt: skip
 
 
+clip_skip_option = click.option(
+    "--clip-skip", type=click.IntRange(1), default=1, show_default=True,
+    help="Layer of the text encoder whose states are used, counted from the last; many fine-tuned models want 2.",
+)  # fmt: skip
+
+
 def shape_options(command: F) -> F:
     """The two options that fix or free a model's spatial size."""
     command = click.option(
@@ -152,6 +158,7 @@ def main() -> None:
 @click.option("-o", "--output", type=FOLDER, required=True, help="The bundle; with several, a folder of them.")
 @config_option
 @lora_option
+@clip_skip_option
 @shape_options
 @click.option("--sampler", type=SamplerName(), help="The bundle's sampler, in place of the checkpoint's.")
 @quantization_options
@@ -166,6 +173,7 @@ def build(
     output: Path,
     config: str | None,
     loras: tuple[str, ...],
+    clip_skip: int,
     shape: tuple[int, int] | None,
     dynamic_shape: bool,
     sampler: str | None,
@@ -202,8 +210,8 @@ def build(
     compile_cache = _cache(cache, no_cache)
     with console.working() as progress:
         built = dexport.build(
-            checkpoint, output, targets=targets, precisions=precisions, config=config, loras=loras, shape=shape,
-            dynamic_shape=dynamic_shape, sampler=sampler, max_batch=max_batch, cache=compile_cache,
+            checkpoint, output, targets=targets, precisions=precisions, config=config, loras=loras, clip_skip=clip_skip,
+            shape=shape, dynamic_shape=dynamic_shape, sampler=sampler, max_batch=max_batch, cache=compile_cache,
             overwrite=overwrite, keep_hub=keep_hub, quantization=quantization, progress=progress,
         )  # fmt: skip
     if as_json:
@@ -217,6 +225,7 @@ def build(
 @click.option("-o", "--output", type=FOLDER, required=True, help="The hub's folder.")
 @config_option
 @lora_option
+@clip_skip_option
 @shape_options
 @overwrite_option
 @json_option
@@ -225,6 +234,7 @@ def export(
     output: Path,
     config: str | None,
     loras: tuple[str, ...],
+    clip_skip: int,
     shape: tuple[int, int] | None,
     dynamic_shape: bool,
     overwrite: bool,
@@ -241,8 +251,8 @@ def export(
     _shape(shape, dynamic_shape)
     with console.working() as progress:
         model = dexport.export(
-            checkpoint, output, config=config, loras=loras, shape=shape, dynamic_shape=dynamic_shape,
-            overwrite=overwrite, progress=progress,
+            checkpoint, output, config=config, loras=loras, clip_skip=clip_skip, shape=shape,
+            dynamic_shape=dynamic_shape, overwrite=overwrite, progress=progress,
         )  # fmt: skip
     if as_json:
         console.print_json({"output": output, "family": model.family, "graphs": model.graphs})

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from exporter import clip_skip as clip_skips
 from exporter import families, lora, single_file
 from runtimes import strict_json
 from runtimes.bundle import hash_file
@@ -72,6 +73,7 @@ def read(
     *,
     config: Path | str | None = None,
     loras: Sequence[Path | str] = (),
+    clip_skip: int = 1,
     check: bool = True,
     progress: Progress = silent,
 ) -> Checkpoint:
@@ -79,8 +81,8 @@ def read(
 
     ``config`` is for a single file: the name of a configuration in ``exporter/configs``, or a diffusers folder whose
     weights are not looked at; by default the kind is read from the file. ``loras``: files to merge, each "FILE" or
-    "FILE:SCALE". Raises DexportError for what is missing,
-    damaged, unsupported, or only there as a pickle.
+    "FILE:SCALE". ``clip_skip``: which layer's states of the text encoder are used, counted from the last, 1. Raises
+    DexportError for what is missing, damaged, unsupported, or only there as a pickle.
     """
     path = Path(path)
     header = read_header(path) if path.is_file() and path.suffix == ".safetensors" else None
@@ -123,7 +125,8 @@ def read(
         for index_, component in enumerate(components.values()):
             progress(f"{component.name}: checking weights", index_ / len(components))
             check_finite(component.entries.values())
-    return lora.merge(Checkpoint(pipeline, components, scheduler, tokenizers, files), loras)
+    merged = lora.merge(Checkpoint(pipeline, components, scheduler, tokenizers, files), loras)
+    return clip_skips.skip(merged, clip_skip)
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ def export(
     *,
     config: Path | str | None = None,
     loras: Sequence[Path | str] = (),
+    clip_skip: int = 1,
     shape: tuple[int, int] | None = None,
     dynamic_shape: bool = False,
     graphs: Collection[str] | None = None,
@@ -33,17 +34,17 @@ def export(
 ) -> Model:
     """Export a checkpoint, or what was read of one, to the hub folder ``output`` and return what hub.json says.
 
-    ``config`` and ``loras``: as in ``exporter.checkpoint.read``. ``shape`` is (height, width) of the picture in
-    pixels, the checkpoint's own by default; with ``dynamic_shape`` the graphs take every size. ``graphs``: the names of
-    those to export, all by default. ``output`` appears whole or not at all. Raises DexportError for input that is
-    missing, damaged or not supported, and for a full disk.
+    ``config``, ``loras`` and ``clip_skip``: as in ``exporter.checkpoint.read``. ``shape`` is (height, width) of the
+    picture in pixels, the checkpoint's own by default; with ``dynamic_shape`` the graphs take every size. ``graphs``:
+    the names of those to export, all by default. ``output`` appears whole or not at all. Raises DexportError for input
+    that is missing, damaged or not supported, and for a full disk.
     """
     output = Path(output)
     if isinstance(checkpoint, Checkpoint):
         source = checkpoint
     else:
         reading = _within(progress, 0.0, 0.05)
-        source = checkpoints.read(Path(checkpoint), config=config, loras=loras, progress=reading)
+        source = checkpoints.read(Path(checkpoint), config=config, loras=loras, clip_skip=clip_skip, progress=reading)
     family = source.family
     size = Shape(*(shape or family.default_shape(source)), free=dynamic_shape)
     if max(size.height, size.width) > SIDE or 3 * size.height * size.width > ELEMENTS:

@@ -6,6 +6,7 @@ block sits in ``input_blocks`` and ``output_blocks`` follows from the order in w
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import load_file
 
 Named = Iterable[tuple[str, NDArray[Any]]]
 
@@ -107,6 +109,19 @@ def open_clip(tensors: Named, prefix: str) -> Iterator[tuple[str, NDArray[Any]]]
                 parts.clear()
             continue
         yield f"{prefix}{name}", value
+
+
+def configs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Each component's config.json."""
+    return {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/config.json"))}
+
+
+def of_folder(folder: Path) -> dict[str, NDArray[Any]]:
+    """The tensors of a Stable Diffusion 1 folder, all components together."""
+    config = configs(folder)
+    part = {path.parent.name: load_file(path).items() for path in folder.glob("*/*.safetensors")}
+    named = unet(part["unet"], config["unet"]), vae(part["vae"], config["vae"]), clip(part["text_encoder"])
+    return {name: np.ascontiguousarray(value) for name, value in itertools.chain(*named)}
 
 
 def write_hollow(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> Path:

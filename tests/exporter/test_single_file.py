@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,21 +41,6 @@ def refusal(file: Path, **options: Any) -> str:
     return str(caught.value)
 
 
-def configs(folder: Path) -> dict[str, dict[str, Any]]:
-    return {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/config.json"))}
-
-
-def renamed(folder: Path) -> dict[str, NDArray[Any]]:
-    """The tensors of a Stable Diffusion 1 folder in its training code's names."""
-    config = configs(folder)
-    part = {path.parent.name: load_file(path).items() for path in folder.glob("*/*.safetensors")}
-    return dict(
-        itertools.chain(
-            ldm.unet(part["unet"], config["unet"]), ldm.vae(part["vae"], config["vae"]), ldm.clip(part["text_encoder"])
-        )
-    )
-
-
 JUNK = {
     "model_ema.diffusion_modelinput_blocks00weight": np.zeros(3, np.float16),
     "alphas_cumprod": np.ones(1000, np.float32),
@@ -69,8 +53,8 @@ JUNK = {
 @pytest.fixture
 def single(tiny_sd: Path, tmp_path: Path) -> Path:
     """``tiny_sd`` as one file, with what training leaves behind."""
-    tensors = renamed(tiny_sd) | JUNK
-    save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, tmp_path / "m.safetensors")
+    tensors = ldm.of_folder(tiny_sd) | JUNK
+    save_file(tensors, tmp_path / "m.safetensors")
     return tmp_path / "m.safetensors"
 
 
@@ -106,14 +90,14 @@ def modules() -> dict[str, dict[str, dict[str, tuple[int, ...]]]]:
         return {key: tuple(value.shape) for key, value in module.named_parameters()}
 
     return {
-        kind: {name: shapes(name, config) for name, config in configs(single_file.CONFIGS / kind).items()}
+        kind: {name: shapes(name, config) for name, config in ldm.configs(single_file.CONFIGS / kind).items()}
         for kind in KINDS
     }
 
 
 def hollow(kind: str, parts: dict[str, dict[str, tuple[int, ...]]], file: Path) -> Path:
     """A file of a kind's full size under its training code's names, all holes."""
-    config = configs(single_file.CONFIGS / kind)
+    config = ldm.configs(single_file.CONFIGS / kind)
 
     def tensors(name: str) -> Iterator[tuple[str, NDArray[Any]]]:
         return ((key, np.broadcast_to(np.float16(0), shape)) for key, shape in parts[name].items())
@@ -134,7 +118,7 @@ def test_the_configurations_are_those_of_the_full_models(kind: str, modules: Any
     else:
         assert single_file.configuration(file, entries, None) == single_file.CONFIGS / kind
     folder = single_file.configuration(file, entries, kind)
-    found = single_file.convert(file, entries, configs(folder))
+    found = single_file.convert(file, entries, ldm.configs(folder))
     assert sorted(found) == sorted(modules[kind])
     for name, shapes in modules[kind].items():
         plain = {key.removeprefix("text_model."): value.shape for key, value in found[name].items()}
