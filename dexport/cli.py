@@ -38,6 +38,25 @@ overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the o
 threads_option = click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads; all cores if not given.")
 
 
+config_option = click.option(
+    "--config", metavar="NAME|FOLDER",
+    help="What a single .safetensors file is, where the file does not say: a name, like stable-diffusion-2-base, or a "
+    "diffusers folder, whose weights are left aside.",
+)  # fmt: skip
+
+
+lora_option = click.option(
+    "--lora", "loras", multiple=True, metavar="FILE[:SCALE]",
+    help="Merge a LoRA into the weights, like style.safetensors:0.8. May be given several times.",
+)  # fmt: skip
+
+
+clip_skip_option = click.option(
+    "--clip-skip", type=click.IntRange(1), default=1, show_default=True,
+    help="Layer of the text encoder whose states are used, counted from the last; many fine-tuned models want 2.",
+)  # fmt: skip
+
+
 def shape_options(command: F) -> F:
     """The two options that fix or free a model's spatial size."""
     command = click.option(
@@ -138,6 +157,9 @@ def main() -> None:
     help="Precision: fp32, bf16, fp16, int8, fp8; w8 and w4 narrow the weights alone. May be given several times.",
 )  # fmt: skip
 @click.option("-o", "--output", type=FOLDER, required=True, help="The bundle; with several, a folder of them.")
+@config_option
+@lora_option
+@clip_skip_option
 @shape_options
 @click.option("--sampler", type=SamplerName(), help="The bundle's sampler, in place of the checkpoint's.")
 @quantization_options
@@ -150,6 +172,9 @@ def build(
     targets: tuple[str, ...],
     precisions: tuple[str, ...],
     output: Path,
+    config: str | None,
+    loras: tuple[str, ...],
+    clip_skip: int,
     shape: tuple[int, int] | None,
     dynamic_shape: bool,
     sampler: str | None,
@@ -167,7 +192,8 @@ def build(
 ) -> None:
     """Make proven bundles of a CHECKPOINT.
 
-    It is exported to ONNX, compiled for each target and precision, and compared with the torch model.
+    It is exported to ONNX, compiled for each target and precision, and compared with the torch model. CHECKPOINT is a
+    diffusers folder or one .safetensors file.
 
     With one target and precision OUTPUT is the bundle; with several, the bundles are OUTPUT/TARGET-PRECISION.
     A bundle that misses its accuracy band or its budget is not written, and the exit code is 1.
@@ -185,9 +211,9 @@ def build(
     compile_cache = _cache(cache, no_cache)
     with console.working() as progress:
         built = dexport.build(
-            checkpoint, output, targets=targets, precisions=precisions, shape=shape, dynamic_shape=dynamic_shape,
-            sampler=sampler, max_batch=max_batch, cache=compile_cache, overwrite=overwrite, keep_hub=keep_hub,
-            quantization=quantization, progress=progress,
+            checkpoint, output, targets=targets, precisions=precisions, config=config, loras=loras, clip_skip=clip_skip,
+            shape=shape, dynamic_shape=dynamic_shape, sampler=sampler, max_batch=max_batch, cache=compile_cache,
+            overwrite=overwrite, keep_hub=keep_hub, quantization=quantization, progress=progress,
         )  # fmt: skip
     if as_json:
         console.print_json({"bundles": built})
@@ -198,12 +224,18 @@ def build(
 @main.command()
 @click.argument("checkpoint", type=FOLDER)
 @click.option("-o", "--output", type=FOLDER, required=True, help="The hub's folder.")
+@config_option
+@lora_option
+@clip_skip_option
 @shape_options
 @overwrite_option
 @json_option
 def export(
     checkpoint: Path,
     output: Path,
+    config: str | None,
+    loras: tuple[str, ...],
+    clip_skip: int,
     shape: tuple[int, int] | None,
     dynamic_shape: bool,
     overwrite: bool,
@@ -220,8 +252,9 @@ def export(
     _shape(shape, dynamic_shape)
     with console.working() as progress:
         model = dexport.export(
-            checkpoint, output, shape=shape, dynamic_shape=dynamic_shape, overwrite=overwrite, progress=progress
-        )
+            checkpoint, output, config=config, loras=loras, clip_skip=clip_skip, shape=shape,
+            dynamic_shape=dynamic_shape, overwrite=overwrite, progress=progress,
+        )  # fmt: skip
     if as_json:
         console.print_json({"output": output, "family": model.family, "graphs": model.graphs})
     else:
@@ -478,8 +511,9 @@ def bench(bundle: Path, repeats: int, images: int, threads: int | None, as_json:
 
 @main.command()
 @click.argument("path", type=FOLDER)
+@config_option
 @json_option
-def inspect(path: Path, as_json: bool) -> None:
+def inspect(path: Path, config: str | None, as_json: bool) -> None:
     """Describe a checkpoint, hub or bundle.
 
     What PATH holds, its sizes, tensors and parameters. Loads no weights and checks no hashes.
@@ -489,7 +523,7 @@ def inspect(path: Path, as_json: bool) -> None:
       dexport inspect bundle --json
     """
     with console.working():
-        found = dexport.inspect(path)
+        found = dexport.inspect(path, config=config)
     if as_json:
         console.print_json(found)
     else:

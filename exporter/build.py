@@ -44,6 +44,9 @@ def build(
     *,
     targets: Sequence[str] | str,
     precisions: Sequence[str] | str = ("fp32",),
+    config: Path | str | None = None,
+    loras: Sequence[Path | str] = (),
+    clip_skip: int = 1,
     shape: tuple[int, int] | None = None,
     dynamic_shape: bool = False,
     sampler: str | None = None,
@@ -57,11 +60,12 @@ def build(
     """Make bundles of a checkpoint, one for each target and precision, each proven against the torch model.
 
     ``targets``: "openvino", for each of ``precisions``; or "openvino=bf16", in that one alone. With one target and
-    precision ``output`` is the bundle, else ``output/<target>-<precision>``. ``shape``: (height, width) in pixels.
-    ``sampler``: the bundles' own, in place of the checkpoint's. ``max_batch``: the largest batch of an engine whose
-    shapes are fixed when it is built. ``keep_hub``: keep the ONNX hub there. ``quantization``: for int8, how it is
-    calibrated and the quality that it must keep; its prompts also find where fp16 overflows. Raises DexportError for
-    bad input and GateError for a missed band; each bundle is published whole or not at all.
+    precision ``output`` is the bundle, else ``output/<target>-<precision>``. ``config``, ``loras`` and ``clip_skip``:
+    as in ``exporter.checkpoint.read``. ``shape``: (height, width) in pixels. ``sampler``: the bundles' own, in place of
+    the checkpoint's. ``max_batch``: the largest batch of an engine whose shapes are fixed when it is built.
+    ``keep_hub``: keep the ONNX hub there. ``quantization``: for int8, how it is calibrated and the quality that it must
+    keep; its prompts also find where fp16 overflows. Raises DexportError for bad input and GateError for a missed band;
+    each bundle is published whole or not at all.
     """
     checkpoint, output = Path(checkpoint), Path(output)
     keep_hub = Path(keep_hub) if keep_hub else None
@@ -74,7 +78,7 @@ def build(
     settings = _check_quantization(quantization, pairs)
     if keep_hub:
         bundle.check_free(keep_hub, overwrite, [checkpoint])
-    source = checkpoints.read(checkpoint)
+    source = checkpoints.read(checkpoint, config=config, loras=loras, clip_skip=clip_skip)
     source = replace(source, scheduler=samplers.choose(source.scheduler, sampler))
     with tempfile.TemporaryDirectory(prefix=".dexport-", dir=_existing(output)) as work:
         hub_folder = keep_hub or Path(work) / "hub"
@@ -89,6 +93,8 @@ def build(
         )
         reference = gate.record(source, model, hub_folder, share(0.5, 1))
         recipe = {"shape": list(_shape(model)), "dynamic_shape": dynamic_shape, "max_batch": max_batch}
+        if clip_skip != 1:
+            recipe["clip_skip"] = clip_skip
         prepared = _prepare(model, hub_folder, pairs, settings, share(0.9, 1))
         built = []
         for index, ((target, precision), folder) in enumerate(zip(pairs, folders, strict=True), 1):

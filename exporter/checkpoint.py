@@ -1,23 +1,25 @@
-"""Read a diffusers folder: which classes it names, their configs, and where each weight lies. Loads no weight.
+"""Read a checkpoint: which classes it names, their configs, and where each weight lies. Loads no weight.
 
-Nothing in the folder is trusted: classes come from our own list (never an import of what a file says), weights only
-from .safetensors that pass every check of their headers, and no pickle is opened.
+A checkpoint is a diffusers folder, or one .safetensors file (``exporter.single_file``) with a folder that has all but
+the weights. Nothing in either is trusted: classes come from our own list (never an import of what a file says), weights
+only from .safetensors that pass every check of their headers, and no pickle is opened.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporter import families
+from exporter import clip_skip as clip_skips
+from exporter import families, lora, single_file
 from runtimes import strict_json
 from runtimes.bundle import hash_file
 from runtimes.errors import DexportError, Progress, silent
-from runtimes.manifest import File
-from runtimes.safetensors import Entry, check_finite, read_header
+from runtimes.manifest import Adapter, File
+from runtimes.safetensors import Stored, check_finite, read_header
 from runtimes.samplers import default_of
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
@@ -29,25 +31,32 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_conf
 
 @dataclass(frozen=True)
 class Component:
-    """One model of a pipeline: its class, its config.json, and its tensors by the names that the files give them."""
+    """One model of a pipeline: its class, its config.json, and its tensors by diffusers' names of any version.
+
+    ``path`` is where its weights come from, for messages: its folder, or the file that holds the whole checkpoint.
+    """
 
     name: str
     class_name: str
-    folder: Path
+    path: Path
     config: Mapping[str, Any]
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, Stored]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A diffusers folder, checked; ``paths`` are the files that an export depends on, relative to ``folder``."""
+    """A checkpoint that was read and checked.
 
-    folder: Path
+    ``tokenizers`` are folders by component; ``files`` those that an export depends on, by the path that a manifest
+    gives them; ``adapters`` what is merged into the weights.
+    """
+
     pipeline: str
     components: Mapping[str, Component]
     scheduler: Mapping[str, Any]
-    tokenizers: tuple[str, ...]
-    paths: tuple[str, ...]
+    tokenizers: Mapping[str, Path]
+    files: Mapping[str, Path]
+    adapters: tuple[Adapter, ...] = ()
 
     @property
     def family(self) -> families.Family:
@@ -56,49 +65,68 @@ class Checkpoint:
 
     def source(self) -> tuple[File, ...]:
         """Size and sha256 of every file that an export depends on; reads them all."""
-        return tuple(
-            File(path, (self.folder / path).stat().st_size, hash_file(self.folder / path)) for path in self.paths
-        )
+        return tuple(File(path, file.stat().st_size, hash_file(file)) for path, file in sorted(self.files.items()))
 
 
-def read(folder: Path, *, check: bool = True, progress: Progress = silent) -> Checkpoint:
-    """Read a diffusers folder and check it; with ``check``, look through all weights for NaN too.
+def read(
+    path: Path,
+    *,
+    config: Path | str | None = None,
+    loras: Sequence[Path | str] = (),
+    clip_skip: int = 1,
+    check: bool = True,
+    progress: Progress = silent,
+) -> Checkpoint:
+    """Read a diffusers folder or a single file and check it; with ``check``, look through all weights for NaN too.
 
-    Raises DexportError for what is missing, damaged, unsupported, or only there as a pickle.
+    ``config`` is for a single file: the name of a configuration in ``exporter/configs``, or a diffusers folder whose
+    weights are not looked at; by default the kind is read from the file. ``loras``: files to merge, each "FILE" or
+    "FILE:SCALE". ``clip_skip``: which layer's states of the text encoder are used, counted from the last, 1. Raises
+    DexportError for what is missing, damaged, unsupported, or only there as a pickle.
     """
-    folder = Path(folder)
+    path = Path(path)
+    header = read_header(path) if path.is_file() and path.suffix == ".safetensors" else None
+    if header is None and config is not None:
+        raise DexportError(f"{path}: a configuration (--config) is for a single .safetensors file; leave it out")
+    folder = path if header is None else single_file.configuration(path, header, config)
     index = _read_index(folder)
     pipeline = str(index.get("_class_name"))
     family = families.find(pipeline)
-    components, tokenizers, used = {}, [], [folder / "model_index.json"]
-    for name, classes in family.COMPONENTS.items():
-        class_name = _class_of(folder, index, name)
-        if class_name not in classes:
+    classes, configs, tokenizers = {}, {}, {}
+    used = {"model_index.json", "scheduler/scheduler_config.json"}
+    for name, allowed in family.COMPONENTS.items():
+        classes[name] = _class_of(folder, index, name)
+        if classes[name] not in allowed:
             raise DexportError(
-                f"{folder}: {name} is a {class_name}; a {pipeline} is exported with {' or '.join(classes)}"
+                f"{folder}: {name} is a {classes[name]}; a {pipeline} is exported with {' or '.join(allowed)}"
             )
-        if classes is families.TOKENIZERS:
-            tokenizers.append(name)
-            used += [path for file in TOKENIZER_FILES if (path := folder / name / file).is_file()]
-            continue
-        entries, files = _read_weights(folder / name)
-        config = _read_json(folder / name / "config.json")
-        components[name] = Component(name, class_name, folder / name, config, entries)
-        used += [folder / name / "config.json", *files]
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    checkpoint = Checkpoint(
-        folder,
-        pipeline,
-        components,
-        _read_scheduler(scheduler, _class_of(folder, index, "scheduler")),
-        tuple(tokenizers),
-        tuple(sorted(path.relative_to(folder).as_posix() for path in [*used, scheduler])),
-    )
+        if allowed is families.TOKENIZERS:
+            tokenizers[name] = folder / name
+            used |= {f"{name}/{file}" for file in TOKENIZER_FILES if (folder / name / file).is_file()}
+        else:
+            configs[name] = _read_json(folder / name / "config.json")
+            used.add(f"{name}/config.json")
+    files = {name: folder / name for name in used}
+    scheduler = _read_scheduler(folder / "scheduler" / "scheduler_config.json", _class_of(folder, index, "scheduler"))
+    weights: Mapping[str, Mapping[str, Stored]]
+    if header is None:
+        weights = {name: _read_weights(folder / name, files) for name in configs}
+    else:
+        weights = single_file.convert(path, header, configs)
+        scheduler |= single_file.scheduler_options(header)
+        files[path.name] = path
+        if tokenizers and folder.parent == single_file.CONFIGS:
+            files["tokenizer/merges.txt"] = single_file.CONFIGS / "merges.txt"
+    components = {
+        name: Component(name, classes[name], path if header else folder / name, configs[name], weights[name])
+        for name in configs
+    }
     if check:
         for index_, component in enumerate(components.values()):
             progress(f"{component.name}: checking weights", index_ / len(components))
-            check_finite(iter(component.entries.values()))
-    return checkpoint
+            check_finite(component.entries.values())
+    merged = lora.merge(Checkpoint(pipeline, components, scheduler, tokenizers, files), loras)
+    return clip_skips.skip(merged, clip_skip)
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
@@ -106,7 +134,9 @@ def _read_index(folder: Path) -> dict[str, Any]:
     if folder.is_file():
         if folder.suffix in PICKLES:
             raise _pickle(folder)
-        raise DexportError(f"{folder}: a file; a checkpoint is a diffusers folder with model_index.json")
+        raise DexportError(
+            f"{folder}: a file; a checkpoint is a diffusers folder with model_index.json, or one .safetensors file"
+        )
     if not folder.is_dir():
         raise DexportError(f"{folder}: no such folder")
     if (folder / "model_index.json").is_file():
@@ -177,8 +207,8 @@ def _read_json(path: Path, *, finite: bool = True) -> dict[str, Any]:
     return value
 
 
-def _read_weights(folder: Path) -> tuple[dict[str, Entry], list[Path]]:
-    """Return a component's tensors by name, and the files that they come from (an index included)."""
+def _read_weights(folder: Path, files: dict[str, Path]) -> Mapping[str, Stored]:
+    """Return a component's tensors by name; add the files that they come from (an index included) to ``files``."""
     for stem in STEMS:
         # "stem.safetensors", "stem.fp16.safetensors", and for shards "stem.safetensors.index[.fp16].json"
         for variant in ("", *VARIANTS, *_other_variants(folder, stem)):
@@ -186,9 +216,10 @@ def _read_weights(folder: Path) -> tuple[dict[str, Entry], list[Path]]:
             single = folder / f"{stem}{dotted}.safetensors"
             shards = folder / f"{stem}.safetensors.index{dotted}.json"
             if single.is_file():
-                return read_header(single), [single]
+                files[f"{folder.name}/{single.name}"] = single
+                return read_header(single)
             if shards.is_file():
-                return _read_shards(shards)
+                return _read_shards(shards, files)
     for path in sorted(folder.glob("*")):
         if path.suffix in PICKLES:
             raise _pickle(path)
@@ -200,13 +231,13 @@ def _other_variants(folder: Path, stem: str) -> list[str]:
     return [name.removeprefix(f"{stem}.").removesuffix(".safetensors") for name in names]
 
 
-def _read_shards(index: Path) -> tuple[dict[str, Entry], list[Path]]:
+def _read_shards(index: Path, files: dict[str, Path]) -> Mapping[str, Stored]:
     """Read the shards that an index lists; index and headers must agree on where each tensor is."""
     places = _read_json(index).get("weight_map")
     if not (isinstance(places, dict) and places and all(isinstance(file, str) for file in places.values())):
         raise DexportError(f"{index}: no weight_map; copy or download it again")
-    entries: dict[str, Entry] = {}
-    files = [index]
+    entries: dict[str, Stored] = {}
+    files[f"{index.parent.name}/{index.name}"] = index
     for name in sorted(set(places.values())):
         file = index.parent / name
         if Path(name).name != name or file.suffix != ".safetensors":
@@ -217,7 +248,7 @@ def _read_shards(index: Path) -> tuple[dict[str, Entry], list[Path]]:
             if places.get(key) != name:
                 raise DexportError(f"{file}: tensor {key!r} is not listed for this file in {index.name}")
             entries[key] = entry
-        files.append(file)
+        files[f"{index.parent.name}/{name}"] = file
     if missing := sorted(set(places) - set(entries)):
         raise DexportError(f"{index}: tensor {missing[0]!r} is not in {places[missing[0]]}; copy or download it again")
-    return entries, files
+    return entries

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,23 +23,28 @@ def export(
     checkpoint: Path | str | Checkpoint,
     output: Path | str,
     *,
+    config: Path | str | None = None,
+    loras: Sequence[Path | str] = (),
+    clip_skip: int = 1,
     shape: tuple[int, int] | None = None,
     dynamic_shape: bool = False,
     graphs: Collection[str] | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> Model:
-    """Export a diffusers folder, or what was read of one, to the hub folder ``output`` and return what hub.json says.
+    """Export a checkpoint, or what was read of one, to the hub folder ``output`` and return what hub.json says.
 
-    ``shape`` is (height, width) of the picture in pixels, the checkpoint's own by default; with ``dynamic_shape`` the
-    graphs take every size. ``graphs``: the names of those to export, all by default. ``output`` appears whole or not
-    at all. Raises DexportError for input that is missing, damaged or not supported, and for a full disk.
+    ``config``, ``loras`` and ``clip_skip``: as in ``exporter.checkpoint.read``. ``shape`` is (height, width) of the
+    picture in pixels, the checkpoint's own by default; with ``dynamic_shape`` the graphs take every size. ``graphs``:
+    the names of those to export, all by default. ``output`` appears whole or not at all. Raises DexportError for input
+    that is missing, damaged or not supported, and for a full disk.
     """
     output = Path(output)
     if isinstance(checkpoint, Checkpoint):
         source = checkpoint
     else:
-        source = checkpoints.read(Path(checkpoint), progress=lambda what, share: progress(what, share * 0.05))
+        reading = _within(progress, 0.0, 0.05)
+        source = checkpoints.read(Path(checkpoint), config=config, loras=loras, clip_skip=clip_skip, progress=reading)
     family = source.family
     size = Shape(*(shape or family.default_shape(source)), free=dynamic_shape)
     if max(size.height, size.width) > SIDE or 3 * size.height * size.width > ELEMENTS:
@@ -61,6 +66,7 @@ def export(
             _write_tokenizers(source, folder) if "text" in made else (),
             stages,
             source.source(),
+            source.adapters,
         )
         check_model(model, str(output), whole=False)
         (folder / HUB).write_text(to_json(model), encoding="utf-8")
@@ -125,9 +131,9 @@ def _export_graph(source: Checkpoint, name: str, spec: Spec, folder: Path, progr
 def _write_tokenizers(source: Checkpoint, folder: Path) -> tuple[Tokenizer, ...]:
     inputs = source.family.token_inputs(source)
     made = []
-    for name in source.tokenizers:
+    for name, place in source.tokenizers.items():
         file = f"{name}/tokenizer.json"
-        pad = tokenizers.write(source.folder / name, folder / file)
+        pad = tokenizers.write(place, folder / file)
         input_, length = inputs[name]
         made.append(Tokenizer(file, input_, length, pad))
     return tuple(made)

@@ -1,4 +1,7 @@
-"""What a folder is: a checkpoint, an ONNX hub or a bundle, in figures. Loads no weight and no torch."""
+"""What a path is: a checkpoint, an ONNX hub or a bundle, in figures. Loads no weight.
+
+Only a checkpoint in one file needs torch, since diffusers' converters of names do.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,13 @@ from typing import Any
 
 from runtimes import bundle
 from runtimes.manifest import Graph, Model, Stage, Tensor
-from runtimes.safetensors import Entry
+from runtimes.safetensors import Stored
 
 
-def inspect(path: Path | str) -> dict[str, Any]:
-    """Describe the folder ``path``, ready for JSON; ``kind`` is "bundle", "hub" or "checkpoint", sizes are in bytes.
+def inspect(path: Path | str, *, config: Path | str | None = None) -> dict[str, Any]:
+    """Describe what lies at ``path``, ready for JSON; ``kind`` is "bundle", "hub" or "checkpoint", sizes are in bytes.
 
+    ``config``: of a checkpoint in one file, as in ``exporter.checkpoint.read``.
     Hashes are not checked (``verify`` does that) and weights not searched for NaN (``export`` does). Raises
     DexportError for what is none of the three.
     """
@@ -24,7 +28,7 @@ def inspect(path: Path | str) -> dict[str, Any]:
         return _bundle(path)
     if (path / bundle.HUB).is_file():
         return _hub(path)
-    return _checkpoint(path)
+    return _checkpoint(path, config)
 
 
 def _bundle(path: Path) -> dict[str, Any]:
@@ -59,6 +63,7 @@ def _model(model: Model, sizes: Mapping[str, int]) -> dict[str, Any]:
         "pipeline": model.pipeline,
         "size": sum(sizes.values()),
         **(_stage(model.stages[0]) if model.stages else {}),  # a hub of chosen graphs may hold no whole stage
+        **({"adapters": {item.path: item.scale for item in model.adapters}} if model.adapters else {}),
         "graphs": {name: _graph(graph, sizes) for name, graph in model.graphs.items()},
         "source_files": len(model.source),
         "source_size": sum(file.size for file in model.source),
@@ -103,23 +108,23 @@ def _operators(file: Path) -> dict[str, Any]:
     }
 
 
-def _checkpoint(path: Path) -> dict[str, Any]:
+def _checkpoint(path: Path, config: Path | str | None) -> dict[str, Any]:
     from exporter import checkpoint
 
-    found = checkpoint.read(path, check=False)
+    found = checkpoint.read(path, config=config, check=False)
     components = {name: _component(c.class_name, c.entries.values()) for name, c in found.components.items()}
     return {
         "kind": "checkpoint",
         "family": found.family.NAME,
         "pipeline": found.pipeline,
-        "size": sum((path / file).stat().st_size for file in found.paths),
+        "size": sum(file.stat().st_size for file in found.files.values()),
         "parameters": sum(component["parameters"] for component in components.values()),
         "scheduler": found.scheduler["_class_name"],
         "components": components,
     }
 
 
-def _component(class_name: str, entries: Iterable[Entry]) -> dict[str, Any]:
+def _component(class_name: str, entries: Iterable[Stored]) -> dict[str, Any]:
     entries = list(entries)
     return {
         "class": class_name,

@@ -13,7 +13,7 @@ from onnx_ir.passes.common import (
 from onnxscript.optimizer import optimize_ir
 
 from exporter.weights import Weight
-from runtimes.safetensors import Entry
+from runtimes.safetensors import Stored
 
 Pass = Callable[[ir.Model], tuple[ir.Model, bool]]
 
@@ -46,7 +46,7 @@ def strip(model: ir.Model) -> tuple[ir.Model, bool]:
 def share_weights(model: ir.Model) -> tuple[ir.Model, bool]:
     """Store a weight once that several parameters take from the same place of the checkpoint."""
     modified = False
-    first: dict[tuple[Entry, tuple[int, ...]], ir.Value] = {}
+    first: dict[tuple[Stored, tuple[int, ...]], ir.Value] = {}
     for name, value in list(model.graph.initializers.items()):
         weight = value.const_value
         if not isinstance(weight, Weight):

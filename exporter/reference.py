@@ -11,7 +11,7 @@ from exporter.checkpoint import Checkpoint
 from exporter.families import Shape
 from exporter.weights import bind, parameter_shapes, widen
 from runtimes.errors import DexportError
-from runtimes.safetensors import Entry
+from runtimes.safetensors import Stored
 
 
 def load(checkpoint: Checkpoint, graph: str) -> torch.nn.Module:
@@ -33,7 +33,7 @@ def load(checkpoint: Checkpoint, graph: str) -> torch.nn.Module:
     return modules
 
 
-def _lend(module: torch.nn.Module, entries: dict[str, Entry]) -> None:
+def _lend(module: torch.nn.Module, entries: dict[str, Stored]) -> None:
     """Give ``module`` its own parameters' values for the time of each call."""
     empty = {name: module._parameters[name] for name in entries}
 

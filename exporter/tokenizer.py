@@ -5,17 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from exporter.single_file import CONFIGS
 from runtimes import strict_json
 from runtimes.errors import DexportError
 
 END = "<|endoftext|>"
-DEFAULTS = {"bos_token": "<|startoftext|>", "eos_token": END, "pad_token": END}  # CLIPTokenizer's
+START = "<|startoftext|>"
+DEFAULTS = {"bos_token": START, "eos_token": END, "pad_token": END}  # CLIPTokenizer's
 
 
 def write(folder: Path, output: Path) -> int:
     """Write ``output`` (tokenizer.json) from a CLIP tokenizer's folder and return the id that it pads with.
 
-    The folder has a tokenizer.json, or vocab.json and merges.txt. What is written puts the start and end marks around
+    The folder has a tokenizer.json, or vocab.json and merges.txt; dexport's own configurations leave both to CLIP's
+    vocabulary, which lies beside them. What is written puts the start and end marks around
     a text, and neither pads nor cuts it: the pipeline does, and says what it cut.
     """
     from tokenizers import Tokenizer
@@ -27,7 +30,11 @@ def write(folder: Path, output: Path) -> int:
         if (folder / "tokenizer.json").is_file():
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            tokenizer = _convert(folder, start, end, pad)
+            vocabulary = strict_json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+            tokenizer = _convert(folder, vocabulary, _merges(folder / "merges.txt"), start, end, pad)
+        elif CONFIGS in folder.parents:
+            merges = _merges(CONFIGS / "merges.txt")
+            tokenizer = _convert(folder, _vocabulary(merges), merges, start, end, pad)
         else:
             raise DexportError(f"{folder}: no tokenizer.json, and no vocab.json with merges.txt")
     except DexportError:
@@ -53,13 +60,26 @@ def write(folder: Path, output: Path) -> int:
     return ids[pad]
 
 
-def _convert(folder: Path, start: str, end: str, pad: str) -> Any:
-    """A tokenizer from vocab.json and merges.txt, with transformers' own idea of CLIP's way to split a text."""
+def _merges(file: Path) -> list[tuple[str, ...]]:
+    lines = file.read_text(encoding="utf-8").split("\n")
+    return [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+
+
+def _vocabulary(merges: list[tuple[str, ...]]) -> dict[str, int]:
+    """CLIP's ids by token: each byte, each byte that ends a word, what each merge makes, and the marks."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = list(bytes_to_unicode().values())
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges), START, END]
+    return {token: index for index, token in enumerate(tokens)}
+
+
+def _convert(
+    folder: Path, vocabulary: dict[str, int], merges: list[tuple[str, ...]], start: str, end: str, pad: str
+) -> Any:
+    """A tokenizer with transformers' own idea of CLIP's way to split a text."""
     from transformers import CLIPTokenizerFast
 
-    vocabulary = strict_json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     for token in (start, end, pad):  # else transformers would add it, with an id beyond the text encoder's table
         if token not in vocabulary:
             raise DexportError(f"{folder}: the token {token!r} is not in the vocabulary")

@@ -22,7 +22,7 @@ from exporter.families import Spec
 from exporter.weights import Weight
 from runtimes.errors import DexportError
 from runtimes.manifest import Tensor
-from runtimes.safetensors import Entry
+from runtimes.safetensors import Stored
 
 OPSET = 23  # the first with Attention; GroupNormalization has per-channel scales since 21
 BATCH = 2  # torch.export takes a size of 1 for a constant
@@ -90,7 +90,7 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def trace(spec: Spec, modules: Modules, weights: Mapping[str, Entry]) -> ir.Model:
+def trace(spec: Spec, modules: Modules, weights: Mapping[str, Stored]) -> ir.Model:
     """Trace ``modules`` (from ``build``) to an opset-23 graph whose weights are read from the checkpoint when written.
 
     Dimensions of ``spec`` that are names stay free. ``weights`` is by parameter name; the modules' parameters are

@@ -14,10 +14,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from exporter.checkpoint import Checkpoint
-from runtimes.errors import DexportError
-from runtimes.safetensors import Entry
-
-FLOATS = ("F64", "F32", "F16", "BF16")
+from exporter.stored import FLOATS
+from runtimes.errors import DexportError, first_of
+from runtimes.safetensors import Stored
 
 
 class Weight(ir.LazyTensor):
@@ -28,7 +27,7 @@ class Weight(ir.LazyTensor):
 
     __slots__ = ("entry", "order")
 
-    def __init__(self, name: str, entry: Entry, order: tuple[int, ...] | None = None) -> None:
+    def __init__(self, name: str, entry: Stored, order: tuple[int, ...] | None = None) -> None:
         self.entry = entry
         self.order = order or tuple(range(len(entry.shape)))
         shape = ir.Shape(entry.shape[axis] for axis in self.order)
@@ -43,35 +42,33 @@ class Weight(ir.LazyTensor):
         return Weight(self.name or "", self.entry, tuple(self.order[axis] for axis in order))
 
 
-def widen(entry: Entry) -> NDArray[np.float32]:
+def widen(entry: Stored) -> NDArray[np.float32]:
     """The tensor as fp32 in memory; exact for fp16 and bf16."""
     return entry.load().astype(np.float32, copy=False)
 
 
-def bind(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Entry]:
+def bind(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Stored]:
     """Find the tensor of each parameter: ``shapes`` is by parameter name, "<component>.<name in its module>".
 
     Raises DexportError naming the tensor that is missing, is there without a use, or has another shape or no floats.
     """
     family = checkpoint.family
-    bound: dict[str, Entry] = {}
+    bound: dict[str, Stored] = {}
     for component in sorted({name.partition(".")[0] for name in shapes}):
         part = checkpoint.components[component]
-        found: dict[str, Entry] = {}
+        found: dict[str, Stored] = {}
         for stored, entry in part.entries.items():
             name = family.rename(component, stored)
             if name in found:
-                raise DexportError(f"{part.folder}: {stored!r} and {found[name].name!r} are the same weight")
+                raise DexportError(f"{part.path}: {stored!r} and {found[name].name!r} are the same weight")
             if name is not None:
                 found[name] = entry
         wanted = {name.partition(".")[2] for name in shapes if name.startswith(f"{component}.")}
         if missing := sorted(wanted - set(found)):
-            raise DexportError(
-                f"{part.folder}: {_some(missing)} missing; {part.class_name} needs it by its config.json"
-            )
+            raise DexportError(f"{part.path}: {_some(missing)} missing; {part.class_name} needs it by its config.json")
         if extra := sorted(set(found) - wanted):
             raise DexportError(
-                f"{part.folder}: {_some([found[name].name for name in extra])} unexpected; {part.class_name} has no "
+                f"{part.path}: {_some([found[name].name for name in extra])} unexpected; {part.class_name} has no "
                 "such weight by its config.json"
             )
         bound |= {f"{component}.{name}": found[name] for name in wanted}
@@ -89,9 +86,7 @@ def bind(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> dict[
 
 def _some(names: list[str]) -> str:
     """The first names, and how many there are beyond: ``tensors 'a', 'b', 'c' and 5 more are``."""
-    listed = ", ".join(repr(name) for name in names[:3])
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"tensor {listed} is" if len(names) == 1 else f"tensors {listed}{more} are"
+    return f"tensor {first_of(names)} is" if len(names) == 1 else f"tensors {first_of(names)} are"
 
 
 def parameter_shapes(module: Any) -> dict[str, tuple[int, ...]]:

@@ -72,6 +72,9 @@ def check_model(model: Model, where: str, *, whole: bool = True) -> None:
     for name, graph in model.graphs.items():
         _check_graph(name, graph, where)
     _check_tokenizers(model, where)
+    for adapter in model.adapters:
+        if adapter.path not in {file.path for file in model.source} or not math.isfinite(adapter.scale):
+            raise _wrong(where, "adapters", adapter.path, "a file of the source, with a finite scale")
     for index, stage in enumerate(model.stages):
         _check_stage(model, stage, f"{where}: stages[{index}]")
 

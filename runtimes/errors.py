@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 Progress = Callable[[str, float], None]
 """Called as ``progress("denoiser: tracing", 0.25)``: what is being done, and the share of the whole that is done."""
@@ -10,6 +10,13 @@ Progress = Callable[[str, float], None]
 
 def silent(what: str, share: float) -> None:
     """The default progress: say nothing."""
+
+
+def first_of(names: Iterable[str], shown: int = 3) -> str:
+    """The first names in quotes, and how many there are beyond: "'a', 'b', 'c' and 5 more"."""
+    quoted = [repr(name) for name in names]
+    more = f" and {len(quoted) - shown} more" if len(quoted) > shown else ""
+    return ", ".join(quoted[:shown]) + more
 
 
 class DexportError(Exception):

@@ -85,6 +85,14 @@ class File:
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """What was merged into the checkpoint's weights: a file of the source, and how strongly."""
+
+    path: str
+    scale: float
+
+
+@dataclass(frozen=True)
 class Model:
     """All that a pipeline needs to know of a model."""
 
@@ -94,6 +102,7 @@ class Model:
     tokenizers: tuple[Tokenizer, ...]
     stages: tuple[Stage, ...]
     source: tuple[File, ...]
+    adapters: tuple[Adapter, ...] = field(default_factory=tuple)
 
 
 @dataclass(frozen=True)

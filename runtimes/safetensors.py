@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,27 @@ HEADER_LIMIT = 100_000_000  # bytes, as the reference implementation has it
 LARGEST = 2**63 - 1  # of a side or an offset, as numpy counts
 DIMENSIONS = 32  # numpy takes 64
 CHUNK = 1 << 22  # elements looked at together when searching for NaN, so that memory stays flat
+
+
+class Stored(Protocol):
+    """A tensor that is read from its file when it is asked for; ``name`` and ``file`` are for messages."""
+
+    @property
+    def file(self) -> Path: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def size(self) -> int: ...
+
+    def load(self) -> NDArray[Any]:
+        """The tensor in memory; BF16 widened to float32."""
+
+    def finite(self) -> bool:
+        """Whether no element is NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +71,7 @@ class Entry:
 
     def load(self) -> NDArray[Any]:
         """The tensor in memory; BF16 widened to float32, which holds each of its values exactly."""
-        raw = self.raw()
-        if self.dtype == "BF16":
-            return (raw.astype(np.uint32) << 16).view(np.float32)
-        return np.array(raw)
+        return decode(self.raw(), self.dtype)
 
     def finite(self) -> bool:
         """Whether no element is NaN or infinite; reads the tensor in pieces."""
@@ -69,6 +87,13 @@ class Entry:
         return True
 
 
+def decode(raw: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """A copy in memory of what ``raw`` gave, or of a view of it; the bits of BF16 as float32."""
+    if dtype == "BF16":
+        return (raw.astype(np.uint32) << 16).view(np.float32)
+    return np.array(raw)
+
+
 def read_header(file: Path) -> dict[str, Entry]:
     """Return the tensors of ``file`` by name, after checking every length and offset against the file's size.
 
@@ -76,20 +101,13 @@ def read_header(file: Path) -> dict[str, Entry]:
     or a name twice, or a tensor whose bytes do not fit its shape.
     """
     total = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if total < 8 or length > min(total - 8, HEADER_LIMIT):
-            raise DexportError(f"{file}: not a whole .safetensors file ({total} bytes); copy or download it again")
-        text = stream.read(length)
+    header, base = _header(file)
+    header.pop("__metadata__", None)
     try:
-        header = strict_json.loads(text)
-        if not isinstance(header, dict):
-            raise ValueError("it is no JSON object")
-        header.pop("__metadata__", None)
-        entries = {name: _entry(file, name, item, 8 + length) for name, item in header.items()}
+        entries = {name: _entry(file, name, item, base) for name, item in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DexportError(f"{file}: its header is damaged ({error}); copy or download it again") from error
-    end = 8 + length
+        raise _damaged(file, error) from error
+    end = base
     for entry in sorted(entries.values(), key=lambda entry: (entry.offset, entry.size)):
         count = int(np.prod(entry.shape, dtype=object))
         if entry.size != count * WIDTHS[entry.dtype]:
@@ -110,6 +128,35 @@ def read_header(file: Path) -> dict[str, Entry]:
     return entries
 
 
+def read_metadata(file: Path) -> dict[str, str]:
+    """Return the texts that a file carries beside its tensors; DexportError if its header is damaged."""
+    metadata = _header(file)[0].get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _damaged(file, "its metadata are no texts by name")
+    return metadata
+
+
+def _header(file: Path) -> tuple[dict[str, Any], int]:
+    """The JSON object at a file's head, and where the tensors begin."""
+    total = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if total < 8 or length > min(total - 8, HEADER_LIMIT):
+            raise DexportError(f"{file}: not a whole .safetensors file ({total} bytes); copy or download it again")
+        text = stream.read(length)
+    try:
+        header = strict_json.loads(text)
+    except ValueError as error:
+        raise _damaged(file, error) from error
+    if not isinstance(header, dict):
+        raise _damaged(file, "it is no JSON object")
+    return header, 8 + length
+
+
+def _damaged(file: Path, why: object) -> DexportError:
+    return DexportError(f"{file}: its header is damaged ({why}); copy or download it again")
+
+
 def _entry(file: Path, name: str, item: Mapping[str, Any], base: int) -> Entry:
     begin, end = item["data_offsets"]
     shape = tuple(item["shape"])
@@ -124,7 +171,7 @@ def _entry(file: Path, name: str, item: Mapping[str, Any], base: int) -> Entry:
     return Entry(file, name, item["dtype"], shape, base + begin, end - begin)
 
 
-def check_finite(entries: Iterator[Entry]) -> None:
+def check_finite(entries: Iterable[Stored]) -> None:
     """Raise DexportError naming the first tensor that holds NaN or infinity."""
     for entry in entries:
         if not entry.finite():

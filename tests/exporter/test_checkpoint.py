@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
+from transformers import CLIPTextModel
 
-from exporter import checkpoint
+from exporter import checkpoint, reference
 from runtimes.errors import DexportError
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -37,7 +39,7 @@ def edit(file: Path, **changes: Any) -> None:
 def test_reads_what_diffusers_saved(tiny_sd: Path) -> None:
     read = checkpoint.read(tiny_sd)
     assert read.pipeline == "StableDiffusionPipeline"
-    assert sorted(read.components) == ["text_encoder", "unet", "vae"] and read.tokenizers == ("tokenizer",)
+    assert sorted(read.components) == ["text_encoder", "unet", "vae"] and sorted(read.tokenizers) == ["tokenizer"]
     assert read.scheduler["_class_name"] == "DDIMScheduler" and read.scheduler["beta_end"] == 0.012
     expected = load_file(tiny_sd / UNET)
     entries = read.components["unet"].entries
@@ -52,6 +54,20 @@ def test_source_has_the_hash_of_every_file_that_is_used(tiny_sd: Path) -> None:
     for path, file in source.items():
         data = (tiny_sd / path).read_bytes()
         assert (file.size, file.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+
+
+def test_clip_skip(tiny_sd: Path) -> None:
+    """The states that transformers gives for the layer before, under the last norm; the encoder has two layers."""
+    read = checkpoint.read(tiny_sd, clip_skip=2)
+    tokens = torch.randint(0, 500, (2, 77))
+    model = CLIPTextModel.from_pretrained(tiny_sd / "text_encoder", torch_dtype=torch.float32)
+    with torch.no_grad():
+        found = reference.load(read, "text")(tokens)
+        states = model(tokens, output_hidden_states=True)
+        expected = model.final_layer_norm(states.hidden_states[-2])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert (states.last_hidden_state - expected).norm() > 0.01 * expected.norm()
+    assert "must be 1 to 2, the layers of the text encoder, not 3" in refusal(tiny_sd, clip_skip=3)
 
 
 def test_no_such_folder(tmp_path: Path) -> None:
@@ -98,7 +114,7 @@ def test_ignores_safety_checker_and_feature_extractor(copy_checkpoint: Copy) -> 
     (folder / "safety_checker" / "pytorch_model.bin").write_bytes(b"never read")
     read = checkpoint.read(folder)
     assert "safety_checker" not in read.components
-    assert not any("safety_checker" in path for path in read.paths)
+    assert not any("safety_checker" in path for path in read.files)
 
 
 @pytest.mark.parametrize("name", ["model.ckpt", "model.pt", "pytorch_model.bin"])

@@ -1,0 +1,118 @@
+"""Tensors that are made of a checkpoint's when they are read: a view of one, or one with an adapter merged.
+
+Each stands wherever an ``Entry`` of a .safetensors file does, so that weights stay streamed: no more than one is in
+memory, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtimes.safetensors import WIDTHS, Entry, Stored, decode
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class View:
+    """A part of a tensor, or its axes in another order; ``offset`` and ``strides`` count elements of ``base``."""
+
+    base: Entry
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+
+    @property
+    def file(self) -> Path:
+        """The file that it lies in."""
+        return self.base.file
+
+    @property
+    def name(self) -> str:
+        """The whole tensor's name."""
+        return self.base.name
+
+    @property
+    def dtype(self) -> str:
+        """The format's name of the element type."""
+        return self.base.dtype
+
+    @property
+    def size(self) -> int:
+        """Bytes of the view itself."""
+        return prod(self.shape) * WIDTHS[self.dtype]
+
+    def load(self) -> NDArray[Any]:
+        """The view in memory; BF16 widened to float32."""
+        flat = self.base.raw().reshape(-1)[self.offset :]
+        steps = [stride * flat.itemsize for stride in self.strides]
+        return decode(np.lib.stride_tricks.as_strided(flat, self.shape, steps, writeable=False), self.dtype)
+
+    def finite(self) -> bool:
+        """Whether the whole tensor has no NaN and no infinity."""
+        return self.base.finite()
+
+
+def view(base: Entry, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Stored:
+    """A view of ``base``; where its elements lie side by side in the file, it is an ``Entry`` itself."""
+    dense = tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    if all(side == 1 or a == b for side, a, b in zip(shape, strides, dense, strict=True)):
+        width = WIDTHS[base.dtype]
+        return Entry(base.file, base.name, base.dtype, shape, base.offset + offset * width, prod(shape) * width)
+    return View(base, shape, strides, offset)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A weight W with a low-rank update: W + scale · up · down, in fp32.
+
+    ``down`` is [rank, ...] and ``up`` [out, rank, 1...]; W is [out, ...], a matrix or a convolution's kernel.
+    """
+
+    base: Stored
+    down: Stored
+    up: Stored
+    scale: float
+
+    @property
+    def file(self) -> Path:
+        """The file of W."""
+        return self.base.file
+
+    @property
+    def name(self) -> str:
+        """The name of W."""
+        return self.base.name
+
+    @property
+    def dtype(self) -> str:
+        """Always F32, which holds the sum of fp16 weights and an update better than fp16 does."""
+        return "F32"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of W."""
+        return self.base.shape
+
+    @property
+    def size(self) -> int:
+        """Bytes of W in its file."""
+        return self.base.size
+
+    def load(self) -> NDArray[Any]:
+        """The sum in memory, float32."""
+        values = self.base.load().astype(np.float32, copy=False)
+        down = self.down.load().astype(np.float32, copy=False).reshape(self.down.shape[0], -1)
+        up = self.up.load().astype(np.float32, copy=False).reshape(-1, self.down.shape[0])
+        values += ((np.float32(self.scale) * up) @ down).reshape(values.shape)
+        return values
+
+    def finite(self) -> bool:
+        """Whether neither W nor the update's factors have NaN or infinity."""
+        return all(part.finite() for part in (self.base, self.down, self.up))
