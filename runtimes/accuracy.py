@@ -92,7 +92,7 @@ BANDS = {
 """The noise that each precision has anyway, and room for deeper models.
 
 On the reference model OpenVINO and ONNX Runtime in fp32 are 124 to 136 dB from torch in each graph, OpenVINO in bf16
-41 to 56 dB; graphs cast to fp16 are 61 to 74 dB away, the denoiser in int8 27 to 38. In fp8, simulated, it is 21 dB and
+41 to 56 dB; graphs cast to fp16 are 61 to 74 dB away, the denoiser in int8 27 to 38. In fp8, simulated, it is 17 dB and
 more: 3 bits of mantissa are an error of 2.6 % of each number, whatever its size, where int8's is that of the largest.
 Deeper graphs have more noise: the encoder of a model of SD 1.5's size has 95 dB in fp32. ``dexport build`` measures it
 and the manifest holds it. tests/exporter/test_gate.py has subtly wrong models that must fail in each band. The bands of

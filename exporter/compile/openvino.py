@@ -11,7 +11,9 @@ it on the way (it becomes a Reshape without its attributes), so the timestep's U
 
 Where values go beyond fp16 (islands) the same attribute keeps them in float32 under the hint f16. OpenVINO's reader
 makes several operations of one ONNX node and names them as it likes, but its tensors keep the names of ONNX's values: a
-node's operations are those between its inputs and its outputs.
+node's operations are those between its inputs and its outputs. Convolutions, MatMuls and what is element by element
+keep the attribute (under the hint bf16 on a CPU, where it can be run: 13 times nearer to float32). An operation that
+OpenVINO itself replaces loses it, on a CPU a GroupNormalization; what a GPU replaces has not been seen.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,10 +25,10 @@ from runtimes import bundle
 from runtimes.accuracy import BANDS, compare
 from runtimes.backends.openvino import HINT
 from runtimes.errors import DexportError
-from runtimes.manifest import Model
+from runtimes.manifest import Graph, Model, Tensor
 from runtimes.session import Array, backend, require
 from runtimes.target import Target
-from tests.exporter.graphs import SAMPLES, relative
+from tests.calibration import small
 
 PROMPTS = ["red apple", "blue apple", "red", "blue"]
 SCALE = 2.0**16  # a power of two: in float32 nothing changes, to the last bit; the weights stay within fp16
@@ -130,25 +130,36 @@ def test_openvino_keeps_an_island_exact(tmp_path: Path) -> None:
     """The IR for a GPU, run on a CPU under the hint bf16: what is marked for the one is marked for the other."""
     if "bf16" not in backend("openvino").devices()[0].precisions:
         pytest.skip("this CPU has no bf16")
-    sample = SAMPLES["decoder"]()
-    names = {str(node.name) for node in ir.load(sample.source).graph}
-    inputs = sample.inputs(1, 1)
+    random = np.random.default_rng(0)
+    weights = {name: random.standard_normal((32, 32, 3, 3)).astype(np.float32) / 17 for name in ("v", "w")}
+    model = small.graph(
+        "g (float[batch,32,8,8] x) => (float[batch,32,8,8] y) {"
+        " a = Conv<pads=[1,1,1,1]>(x, v) s = Sigmoid(a) t = Mul(a, s) y = Conv<pads=[1,1,1,1]>(t, w) }",
+        weights,
+    )
+    x = random.standard_normal((1, 32, 8, 8)).astype(np.float32)
+    expected = small.run(model, {"x": x})["y"]
+    names = frozenset(str(node.name) for node in model.graph)
+    ir.save(model, tmp_path / "model.onnx")
+    tensors = [(Tensor(name, "float32", ("batch", 32, 8, 8)),) for name in ("x", "y")]
     errors = []
-    for index, kept in enumerate((frozenset[str](), frozenset(names))):
-        output = tmp_path / str(index)
-        output.mkdir()
-        made = compile_graph(sample.source, sample.graph, output, Target.parse("openvino:gpu"), "fp16", islands=kept)
+    for folder, kept in (("narrow", frozenset[str]()), ("kept", names)):
+        (tmp_path / folder).mkdir()
+        graph = Graph("decoder", "decoder/model.onnx", *tensors)
+        target = Target.parse("openvino:gpu")
+        made = compile_graph(tmp_path / "model.onnx", graph, tmp_path / folder, target, "fp16", islands=kept)
         assert made.properties[HINT] == "f16"
-        graph = sample.graph.__class__(made.kind, made.file, made.inputs, made.outputs, {HINT: "bf16"})
-        session = require("openvino").open(output / "model.xml", graph, "cpu", 2, None)
-        errors.append(relative(session.run(inputs)["image"], sample.expected(inputs)))
-    assert errors[1] < errors[0] / 3
+        session = require("openvino").open(
+            tmp_path / made.file, replace(made, properties={HINT: "bf16"}), "cpu", 2, None
+        )
+        errors.append(compare(expected, session.run({"x": x})["y"]).relative)
+    assert errors[1] < errors[0] / 5
 
 
 @pytest.mark.parametrize("target", ["tensorrt:sm89", "openvino:gpu"])
-def test_a_name_of_another_graph_is_refused(target: str, tmp_path: Path) -> None:
-    sample = SAMPLES["decoder"]()
+def test_a_name_of_another_graph_is_refused(target: str, hot: Hot, tmp_path: Path) -> None:
     if target.startswith("tensorrt"):
         pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    graph = hot.model.graphs["decoder"]
     with pytest.raises(DexportError, match="no node 'nobody' to keep in float32"):
-        compile_graph(sample.source, sample.graph, tmp_path, Target.parse(target), "fp16", islands={"nobody"})
+        compile_graph(hot.hub / graph.file, graph, tmp_path, Target.parse(target), "fp16", islands={"nobody"})
