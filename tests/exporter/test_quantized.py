@@ -15,9 +15,10 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from calibration import mixed, observe, recipe, sensitivity
+from calibration import mixed, observe, quantize, recipe, sensitivity
 from calibration.calibrate import calibrate, instrument, source
 from calibration.graph import Array
+from calibration.numbers import NUMBERS, with_half_scales
 from calibration.observe import Statistics
 from calibration.quality import SEED, Budget, Quality, draw_float
 from exporter import build, hub, quantized
@@ -122,15 +123,20 @@ def test_a_budget_that_cannot_be_met_fails_with_the_best(made: tuple[Model, Path
 def test_an_engine_is_built_from_a_quantized_graph_that_was_judged(
     made: tuple[Model, Path, Path], precision: str, tmp_path: Path
 ) -> None:
-    """By simulation, since no engine runs here."""
+    """By simulation, since no engine runs here; what it is made of can be seen: weights of a byte each."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     _, folder, statistics = made
     asked = Quantization("psnr=15", PROMPTS, statistics)
     manifest = build.compile_hub(
         folder, tmp_path / "bundle", target="tensorrt:sm89", precision=precision, quantization=asked
     )
-    engine = tmp_path / "bundle" / manifest.model.graphs[GRAPH].file
-    assert engine.stat().st_size < 0.75 * (folder / GRAPH / "model.onnx.data").stat().st_size
+    engine = (tmp_path / "bundle" / manifest.model.graphs[GRAPH].file).read_bytes()
+    tensor = ir.load(folder / GRAPH / "model.onnx").graph.initializers["unet.mid_block.resnets.0.conv1.weight"]
+    assert tensor.const_value is not None
+    weight, numbers = tensor.const_value.numpy(), with_half_scales(NUMBERS[precision])
+    held = quantize.round_weight(weight, quantize.weight_scale(weight, 0, numbers), 0, numbers)
+    assert any(np.ascontiguousarray(order).tobytes()[:64] in engine for order in (held, held.transpose(0, 2, 3, 1)))
+    assert weight.astype(np.float16).tobytes()[:64] not in engine
     report = manifest.accuracy["quantization"]
     assert report["simulated"].startswith("simulated on ONNX Runtime") and 15 < np.median(report["psnr_db"]) < 60
     assert report["quantized"] > 80 and min(report["sqnr_db"]) > BANDS[precision].graph
