@@ -47,6 +47,18 @@ def shape_options(command: F) -> F:
     )
 
 
+def model_options(command: F) -> F:
+    """The options that say more of a model than its checkpoint does."""
+    command = click.option(
+        "--guidance", type=click.FloatRange(0, 1000),
+        help="The bundle's scale of guidance; up to 1 for a model that was distilled to draw without.",
+    )(command)  # fmt: skip
+    command = click.option("--steps", type=click.IntRange(1), help="Steps if none are asked for.")(command)
+    return click.option(
+        "--refiner", type=FOLDER, help="A second checkpoint, which goes on with what the first one draws, like SDXL's."
+    )(command)
+
+
 def compile_options(command: F) -> F:
     """The options of everything that compiles."""
     command = click.option("--no-cache", is_flag=True, help="Compile anew and keep nothing.")(command)
@@ -138,6 +150,7 @@ def main() -> None:
 )  # fmt: skip
 @click.option("-o", "--output", type=FOLDER, required=True, help="The bundle; with several, a folder of them.")
 @shape_options
+@model_options
 @click.option("--sampler", type=SamplerName(), help="The bundle's sampler, in place of the checkpoint's.")
 @quantization_options
 @compile_options
@@ -151,6 +164,9 @@ def build(
     output: Path,
     shape: tuple[int, int] | None,
     dynamic_shape: bool,
+    refiner: Path | None,
+    steps: int | None,
+    guidance: float | None,
     sampler: str | None,
     budget: str | None,
     statistics: Path | None,
@@ -178,6 +194,7 @@ def build(
     Example:
       dexport build checkpoint --target onnxruntime --target openvino=bf16 -o bundles
       dexport build checkpoint --target openvino --precision int8 --prompts prompts.txt --budget psnr=36 -o bundle
+      dexport build sdxl-turbo --target openvino=bf16 --guidance 0 --steps 1 -o bundle
     """
     _shape(shape, dynamic_shape)
     quantization = _quantization(budget, statistics, observer, prompts, calibration_steps)
@@ -185,8 +202,8 @@ def build(
     with console.working() as progress:
         built = dexport.build(
             checkpoint, output, targets=targets, precisions=precisions, shape=shape, dynamic_shape=dynamic_shape,
-            sampler=sampler, max_batch=max_batch, cache=compile_cache, overwrite=overwrite, keep_hub=keep_hub,
-            quantization=quantization, progress=progress,
+            refiner=refiner, steps=steps, guidance=guidance, sampler=sampler, max_batch=max_batch, cache=compile_cache,
+            overwrite=overwrite, keep_hub=keep_hub, quantization=quantization, progress=progress,
         )  # fmt: skip
     if as_json:
         console.print_json({"bundles": built})
@@ -198,6 +215,7 @@ def build(
 @click.argument("checkpoint", type=FOLDER)
 @click.option("-o", "--output", type=FOLDER, required=True, help="The hub's folder.")
 @shape_options
+@model_options
 @overwrite_option
 @json_option
 def export(
@@ -205,6 +223,9 @@ def export(
     output: Path,
     shape: tuple[int, int] | None,
     dynamic_shape: bool,
+    refiner: Path | None,
+    steps: int | None,
+    guidance: float | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -219,8 +240,9 @@ def export(
     _shape(shape, dynamic_shape)
     with console.working() as progress:
         model = dexport.export(
-            checkpoint, output, shape=shape, dynamic_shape=dynamic_shape, overwrite=overwrite, progress=progress
-        )
+            checkpoint, output, refiner=refiner, shape=shape, dynamic_shape=dynamic_shape, steps=steps,
+            guidance=guidance, overwrite=overwrite, progress=progress,
+        )  # fmt: skip
     if as_json:
         console.print_json({"output": output, "family": model.family, "graphs": model.graphs})
     else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,11 @@ class Component:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A diffusers folder, checked; ``paths`` are the files that an export depends on, relative to ``folder``."""
+    """A diffusers folder, checked; ``paths`` are the files that an export depends on, relative to ``folder``.
+
+    ``index``: what model_index.json says, of which only what is not asked for here has further use. ``refiner``: what
+    goes on with the pictures that this one draws (exporter.ensemble).
+    """
 
     folder: Path
     pipeline: str
@@ -48,6 +52,8 @@ class Checkpoint:
     scheduler: Mapping[str, Any]
     tokenizers: tuple[str, ...]
     paths: tuple[str, ...]
+    index: Mapping[str, Any] = field(default_factory=dict)
+    refiner: Checkpoint | None = None
 
     @property
     def family(self) -> families.Family:
@@ -72,12 +78,13 @@ def read(folder: Path, *, check: bool = True, progress: Progress = silent) -> Ch
     family = families.find(pipeline)
     components, tokenizers, used = {}, [], [folder / "model_index.json"]
     for name, classes in family.COMPONENTS.items():
+        if None in classes and index.get(name) in (None, [None, None]):
+            continue
         class_name = _class_of(folder, index, name)
         if class_name not in classes:
-            raise DexportError(
-                f"{folder}: {name} is a {class_name}; a {pipeline} is exported with {' or '.join(classes)}"
-            )
-        if classes is families.TOKENIZERS:
+            known = " or ".join(known for known in classes if known)
+            raise DexportError(f"{folder}: {name} is a {class_name}; a {pipeline} is exported with {known}")
+        if class_name in families.TOKENIZERS:
             tokenizers.append(name)
             used += [path for file in TOKENIZER_FILES if (path := folder / name / file).is_file()]
             continue
@@ -93,6 +100,7 @@ def read(folder: Path, *, check: bool = True, progress: Progress = silent) -> Ch
         _read_scheduler(scheduler, _class_of(folder, index, "scheduler")),
         tuple(tokenizers),
         tuple(sorted(path.relative_to(folder).as_posix() for path in [*used, scheduler])),
+        index,
     )
     if check:
         for index_, component in enumerate(components.values()):

@@ -24,7 +24,7 @@ from calibration.split import split
 from exporter import compile as compilers
 from exporter import hub as hubs
 from runtimes.errors import DexportError, Progress, silent
-from runtimes.manifest import Graph, Model
+from runtimes.manifest import Graph, Model, Stage
 from runtimes.session import Session, require
 from runtimes.target import Target
 
@@ -107,6 +107,15 @@ class Made:
     report: dict[str, Any]
 
 
+def check(stages: Sequence[Stage]) -> None:
+    """Raise DexportError for a model that is not calibrated by drawing out of noise with one denoiser."""
+    if len(stages) > 1 or any(stage.strength is not None for stage in stages):
+        raise DexportError(
+            f"{', '.join(PRECISIONS)} is for models that draw out of noise with one denoiser, and not for refiners; "
+            "take another precision"
+        )
+
+
 def prepare(model: Model, hub: Path, settings: Settings, progress: Progress = silent) -> Calibrated:
     """Calibrate, or load the statistics, and draw the pictures that the quantized model is judged by."""
     statistics = _statistics(model, hub, settings, lambda what, share: progress(what, share * 0.7))
@@ -185,6 +194,7 @@ def calibrate_hub(
     if output.exists() and not overwrite:
         raise DexportError(f"{output} exists; choose another file, or say --overwrite")
     model = hubs.load(Path(hub_folder))
+    check(model.stages)
     statistics = calibrate(model, Path(hub_folder), settings.prompts or DEFAULT, steps=steps, progress=progress)
     statistics.save(output)
     return statistics
