@@ -67,6 +67,18 @@ def shape_options(command: F) -> F:
     )
 
 
+def model_options(command: F) -> F:
+    """The options that say more of a model than its checkpoint does."""
+    command = click.option(
+        "--guidance", type=click.FloatRange(0, 1000),
+        help="The bundle's scale of guidance; up to 1 for a model that was distilled to draw without.",
+    )(command)  # fmt: skip
+    command = click.option("--steps", type=click.IntRange(1), help="Steps if none are asked for.")(command)
+    return click.option(
+        "--refiner", type=FOLDER, help="A second checkpoint, which goes on with what the first one draws, like SDXL's."
+    )(command)
+
+
 def compile_options(command: F) -> F:
     """The options of everything that compiles."""
     command = click.option("--no-cache", is_flag=True, help="Compile anew and keep nothing.")(command)
@@ -161,6 +173,7 @@ def main() -> None:
 @lora_option
 @clip_skip_option
 @shape_options
+@model_options
 @click.option("--sampler", type=SamplerName(), help="The bundle's sampler, in place of the checkpoint's.")
 @quantization_options
 @compile_options
@@ -177,6 +190,9 @@ def build(
     clip_skip: int,
     shape: tuple[int, int] | None,
     dynamic_shape: bool,
+    refiner: Path | None,
+    steps: int | None,
+    guidance: float | None,
     sampler: str | None,
     budget: str | None,
     statistics: Path | None,
@@ -205,6 +221,7 @@ def build(
     Example:
       dexport build checkpoint --target onnxruntime --target openvino=bf16 -o bundles
       dexport build checkpoint --target openvino --precision int8 --prompts prompts.txt --budget psnr=36 -o bundle
+      dexport build sdxl-turbo --target openvino=bf16 --guidance 0 --steps 1 -o bundle
     """
     _shape(shape, dynamic_shape)
     quantization = _quantization(budget, statistics, observer, prompts, calibration_steps)
@@ -212,7 +229,8 @@ def build(
     with console.working() as progress:
         built = dexport.build(
             checkpoint, output, targets=targets, precisions=precisions, config=config, loras=loras, clip_skip=clip_skip,
-            shape=shape, dynamic_shape=dynamic_shape, sampler=sampler, max_batch=max_batch, cache=compile_cache,
+            shape=shape, dynamic_shape=dynamic_shape, refiner=refiner, steps=steps, guidance=guidance, sampler=sampler,
+            max_batch=max_batch, cache=compile_cache,
             overwrite=overwrite, keep_hub=keep_hub, quantization=quantization, progress=progress,
         )  # fmt: skip
     if as_json:
@@ -228,6 +246,7 @@ def build(
 @lora_option
 @clip_skip_option
 @shape_options
+@model_options
 @overwrite_option
 @json_option
 def export(
@@ -238,6 +257,9 @@ def export(
     clip_skip: int,
     shape: tuple[int, int] | None,
     dynamic_shape: bool,
+    refiner: Path | None,
+    steps: int | None,
+    guidance: float | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -252,8 +274,8 @@ def export(
     _shape(shape, dynamic_shape)
     with console.working() as progress:
         model = dexport.export(
-            checkpoint, output, config=config, loras=loras, clip_skip=clip_skip, shape=shape,
-            dynamic_shape=dynamic_shape, overwrite=overwrite, progress=progress,
+            checkpoint, output, refiner=refiner, config=config, loras=loras, clip_skip=clip_skip, shape=shape,
+            dynamic_shape=dynamic_shape, steps=steps, guidance=guidance, overwrite=overwrite, progress=progress,
         )  # fmt: skip
     if as_json:
         console.print_json({"output": output, "family": model.family, "graphs": model.graphs})

@@ -30,7 +30,7 @@ from exporter import latency
 from runtimes.backends.onnxruntime import OnnxRuntimeSession
 from runtimes.backends.openvino import HINT
 from runtimes.errors import DexportError, Progress, silent
-from runtimes.manifest import Graph, Model
+from runtimes.manifest import Graph, Model, Stage
 from runtimes.session import Session, require
 from runtimes.target import Target
 
@@ -115,6 +115,15 @@ class Made:
 
     graph: Graph
     report: dict[str, Any]
+
+
+def check(stages: Sequence[Stage]) -> None:
+    """Raise DexportError for a model that is not calibrated by drawing out of noise with one denoiser."""
+    if len(stages) > 1 or any(stage.strength is not None for stage in stages):
+        raise DexportError(
+            f"{', '.join(PRECISIONS)} is for models that draw out of noise with one denoiser, and not for refiners; "
+            "take another precision"
+        )
 
 
 def prepare(model: Model, hub: Path, settings: Settings, progress: Progress = silent) -> Calibrated:
@@ -224,6 +233,7 @@ def calibrate_hub(
     if output.exists() and not overwrite:
         raise DexportError(f"{output} exists; choose another file, or say --overwrite")
     model = hubs.load(Path(hub_folder))
+    check(model.stages)
     statistics = calibrate(model, Path(hub_folder), settings.prompts or DEFAULT, steps=steps, progress=progress)
     statistics.save(output)
     return statistics

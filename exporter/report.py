@@ -59,6 +59,7 @@ def _facts(model: Model, recipe: Mapping[str, Any]) -> str:
         ("image", f"{recipe['shape'][0]}x{recipe['shape'][1]} pixels" + (", any size" * recipe["dynamic_shape"])),
         ("sampler", f"{stage.scheduler['_class_name']}, {stage.steps} steps"),
         ("guidance", f"{stage.guidance.kind}, {stage.guidance.scale:g}"),
+        *((one.name, f"from {one.span[0]:g} to {one.span[1]:g} of the way") for one in model.stages[1:]),
         ("weights", f"{sum(file.size for file in model.source) / 1e6:.1f} MB in {len(model.source)} files"),
     ]
     return _table((), rows)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from runtimes import bundle
+from runtimes.conditioning import constants
 from runtimes.errors import DexportError, Progress, silent
 from runtimes.manifest import Graph, Stage
 from runtimes.pipeline import Pipeline, Request
@@ -46,7 +47,7 @@ def bench(
     manifest = bundle.load_manifest(folder)
     target = Target.parse(manifest.target)
     backend = require(target.backend)
-    stage = manifest.model.stages[0]
+    stages = {stage.denoiser: stage for stage in manifest.model.stages}
     sessions: dict[str, Session] = {}
     graphs: dict[str, Any] = {}
     for index, (name, graph) in enumerate(manifest.model.graphs.items()):
@@ -54,6 +55,7 @@ def bench(
         begin = time.perf_counter()
         session = backend.open(folder / graph.file, graph, target.device, threads, None)
         load = time.perf_counter() - begin
+        stage = stages.get(name, manifest.model.stages[0])
         batch = images * (2 if graph.kind == "denoiser" and stage.guidance.kind == "cfg" else 1)
         inputs = _inputs(graph, stage, batch)
         calls = [_seconds(session, inputs) for _ in range(repeats + 1)]
@@ -108,9 +110,8 @@ def _inputs(graph: Graph, stage: Stage, batch: int) -> Mapping[str, Array]:
     inputs: dict[str, Array] = {}
     for tensor in graph.inputs:
         shape = [free[side] if isinstance(side, str) else side for side in tensor.shape]
-        if tensor.name in stage.inputs:
-            value = np.asarray(stage.inputs[tensor.name], tensor.dtype)
-            inputs[tensor.name] = np.ascontiguousarray(np.broadcast_to(value, shape))
+        if tensor.name == "guidance":
+            inputs[tensor.name] = np.full(shape, stage.guidance.scale, tensor.dtype)
         elif tensor.name == "timestep":
             inputs[tensor.name] = np.full(shape, 500, tensor.dtype)
         elif np.issubdtype(np.dtype(tensor.dtype), np.integer):
@@ -119,6 +120,8 @@ def _inputs(graph: Graph, stage: Stage, batch: int) -> Mapping[str, Array]:
             inputs[tensor.name] = random.random(shape).astype(tensor.dtype)
         else:
             inputs[tensor.name] = random.standard_normal(shape).astype(tensor.dtype)
+    if graph.kind == "denoiser":
+        inputs |= constants(stage, graph, (free["image_height"], free["image_width"]), batch)
     return inputs
 
 

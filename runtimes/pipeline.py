@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache as memoize
+from itertools import islice
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from runtimes import bundle, guidance, loop, samplers
+from runtimes import bundle, conditioning, guidance, loop, samplers
 from runtimes.errors import DexportError, Progress, silent
 from runtimes.image import to_array, to_images
 from runtimes.manifest import Manifest, Model, Stage
@@ -99,10 +100,15 @@ class Pipeline:
     def __call__(self, prompt: str | Sequence[str], *, progress: Progress = silent, **settings: Any) -> Result:
         """Draw; ``settings`` are the fields of ``Request``."""
         request = Request([prompt] if isinstance(prompt, str) else list(prompt), **settings)
+        first = self.model.stages[0]
+        if first.strength is not None and request.image is None:
+            raise DexportError("this model reworks pictures and draws none from noise; give one with --image")
         for step in self.generate(request):
             progress(f"step {step.index + 1}/{step.total}", (step.index + 1) / step.total)
         images = to_images(self.decode(step.sample, request))
         warnings = []
+        if request.negative_prompt and first.guidance.kind != "cfg":
+            warnings.append("this model takes no negative prompt: it was left out")
         if self.model.tokenizers:
             for name, prompts in (("prompt", request.prompts), ("negative prompt", [request.negative_prompt])):
                 _, cut = self.tokenize(prompts)
@@ -118,11 +124,7 @@ class Pipeline:
         ``noise``: draws of [B, C, h, w] standard normals, the start first; by default from the request's seeds.
         """
         request = self._checked(request)
-        stage = self.model.stages[0]
-        steps = request.steps or stage.steps
-        config = samplers.pick(stage.scheduler, request.sampler, image=request.image is not None)
-        table = samplers.compile_table(config, steps, begin=_first_step(request, steps))
-        table = guidance.plan(table, self._scale(request), request.guidance_interval)
+        tables = self._tables(request)
         count = len(request.prompts) * request.images
         shape = self.sample_shape(request)
         draw = noise or loop.noise_source([request.seed + index for index in range(count)], shape)
@@ -130,10 +132,28 @@ class Pipeline:
         if start.shape != (count, *shape):
             raise DexportError(f"the start noise has shape {list(start.shape)}, not {[count, *shape]}")
         if request.image is not None:
-            signal, noisy = table.mix
+            signal, noisy = tables[0].mix
             start = signal * self.encode(to_array(request.image, self._pixels(request))) + noisy * start
-            table = replace(table, init_scale=1.0)
-        yield from loop.sample(table, start, self._denoiser(stage, request, table), draw)
+            tables[0] = replace(tables[0], init_scale=1.0)
+        done, total = 0, sum(len(table.rows) for table in tables)
+        for stage, table in zip(self.model.stages, tables, strict=True):
+            for step in loop.sample(table, start, self._denoiser(stage, request, table), draw):
+                yield replace(step, index=done + step.index, total=total)
+            done, start = done + len(table.rows), step.sample
+
+    def _tables(self, request: Request) -> list[samplers.Table]:
+        """A table for each stage; the stages share the steps, and the scales of guidance run over all of them."""
+        tables: list[samplers.Table] = []
+        for stage in self.model.stages:
+            steps = request.steps or stage.steps
+            config = samplers.pick(stage.scheduler, request.sampler, image=request.image is not None)
+            begin, (start, end) = self._first_step(request, steps), stage.span
+            table = samplers.compile_table(config, steps, begin=begin, start=start, end=end)
+            tables.append(replace(table, init_scale=1.0) if tables else table)  # what follows takes a sample as it is
+        rows = tuple(row for table in tables for row in table.rows)
+        planned = guidance.plan(samplers.Table(rows, 1.0), self._scale(request), request.guidance_interval)
+        guided = iter(planned.rows)
+        return [replace(table, rows=tuple(islice(guided, len(table.rows)))) for table in tables]
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[dict[str, Array], list[str]]:
         """Return the text graph's inputs, and for each prompt the words that did not fit."""
@@ -144,10 +164,13 @@ class Pipeline:
             cut = [old or new for old, new in zip(cut, rest, strict=True)]
         return tokens, cut
 
-    def encode_text(self, prompts: Sequence[str]) -> dict[str, Array]:
-        """Return the conditioning tensors of the prompts, each with one row a prompt."""
-        stage = self.model.stages[0]
-        return {} if stage.text is None else run_batched(self._open(stage.text), self.tokenize(prompts)[0])
+    def encode_text(self, prompts: Sequence[str], stage: Stage | None = None) -> dict[str, Array]:
+        """Return a stage's (by default the first one's) conditioning tensors of the prompts, with one row a prompt."""
+        name = (stage or self.model.stages[0]).text
+        if name is None:
+            return {}
+        tokens, _ = self.tokenize(prompts)
+        return run_batched(self._open(name), {t.name: tokens[t.name] for t in self.model.graphs[name].inputs})
 
     def decode(self, sample: Array, request: Request | None = None) -> Array:
         """Turn the loop's last sample into images, float32 [B, 3, H, W] in [0, 1]."""
@@ -197,7 +220,7 @@ class Pipeline:
             raise DexportError(f"steps must be 1 or more, not {request.steps}")
         if request.seed < 0:
             raise DexportError(f"a seed must be 0 or more, not {request.seed}")
-        strength: Any = STRENGTH if request.strength is None else request.strength
+        strength: Any = self._strength(request)
         rescale: Any = request.guidance_rescale
         for name, value in (("guidance_rescale", rescale), ("strength", strength)):
             if not isinstance(value, Real):
@@ -215,12 +238,29 @@ class Pipeline:
             raise DexportError(f"{count} images are too many for one call; ask for {MOST_IMAGES} at most")
         if request.size is not None and max(request.size) > LONGEST_SIDE:
             raise DexportError(f"a side of {max(request.size)} pixels is too long; it may have {LONGEST_SIDE}")
+        scales = guidance.numbers(self._scale(request))
+        if self.model.stages[0].guidance.kind == "none" and (scales > 1).any():
+            raise DexportError("this model was made to draw without guidance; leave it out")
         if request.guidance_batch not in ("batched", "sequential"):
             raise DexportError(f"guidance_batch is 'batched' or 'sequential', not {request.guidance_batch!r}")
         return request
 
     def _scale(self, request: Request) -> float | Sequence[float]:
         return self.model.stages[0].guidance.scale if request.guidance is None else request.guidance
+
+    def _strength(self, request: Request) -> float:
+        own = self.model.stages[0].strength
+        return (STRENGTH if own is None else own) if request.strength is None else request.strength
+
+    def _first_step(self, request: Request, steps: int) -> int:
+        """The step that a picture starts at, as in diffusers: int(strength * steps) steps are made."""
+        if request.image is None:
+            return 0
+        strength = float(self._strength(request))
+        made = min(int(steps * strength), steps)
+        if not made:
+            raise DexportError(f"a strength of {strength:g} leaves none of {steps} steps; raise one of them")
+        return steps - made
 
     def _pixels(self, request: Request) -> tuple[int, int]:
         """Height and width of the images."""
@@ -233,18 +273,19 @@ class Pipeline:
     ) -> Callable[[Array, float, samplers.Row], Array]:
         """The model as the loop calls it: with the prompt's conditioning, and guided where the row says so."""
         is_guided = stage.guidance.kind == "cfg" and any(row.guidance > 1 for row in table.rows)
-        with_prompt = self._conditioning(stage, request.prompts, request.images)
-        count = len(request.prompts) * request.images
+        with_prompt = self._conditioning(stage, request)
         if is_guided:
-            without = self._conditioning(stage, [request.negative_prompt], count)
+            without = self._negative_conditioning(stage, request)
             both = {name: np.concatenate([without[name], with_prompt[name]]) for name in with_prompt}
         session = self._open(stage.denoiser)  # after the text graph, which may be closed by now
 
-        def call(sample: Array, t: float, conditioning: Mapping[str, Array]) -> Array:
+        def call(sample: Array, t: float, further: Mapping[str, Array]) -> Array:
             timestep = np.full(len(sample), t, np.float32)
-            return run_batched(session, {"sample": sample, "timestep": timestep, **conditioning})["output"]
+            return run_batched(session, {"sample": sample, "timestep": timestep, **further})["output"]
 
         def model(sample: Array, t: float, row: samplers.Row) -> Array:
+            if stage.guidance.kind == "embedded":
+                return call(sample, t, {**with_prompt, "guidance": np.full(len(sample), row.guidance, np.float32)})
             if not is_guided or row.guidance <= 1:
                 return call(sample, t, with_prompt)
             if request.guidance_batch == "batched":
@@ -259,14 +300,24 @@ class Pipeline:
 
         return model
 
-    def _conditioning(self, stage: Stage, prompts: Sequence[str], repeat: int) -> dict[str, Array]:
-        """Conditioning for the denoiser: each prompt's row ``repeat`` times, and the stage's constant inputs."""
-        rows = {name: np.repeat(value, repeat, axis=0) for name, value in self.encode_text(prompts).items()}
-        for tensor in self.model.graphs[stage.denoiser].inputs:
-            if tensor.name in stage.inputs:
-                value = np.asarray(stage.inputs[tensor.name], tensor.dtype)
-                rows[tensor.name] = np.repeat(value[None], len(prompts) * repeat, axis=0)
-        return rows
+    def _conditioning(self, stage: Stage, request: Request) -> dict[str, Array]:
+        """Conditioning for the denoiser, a row for each image: the prompts', and the stage's constant inputs."""
+        rows = self.encode_text(request.prompts, stage)
+        text = {name: np.repeat(value, request.images, axis=0) for name, value in rows.items()}
+        count = len(request.prompts) * request.images
+        return text | conditioning.constants(stage, self.model.graphs[stage.denoiser], self._pixels(request), count)
+
+    def _negative_conditioning(self, stage: Stage, request: Request) -> dict[str, Array]:
+        """The same with the negative prompt, or with what stands for an empty one."""
+        count = len(request.prompts) * request.images
+        if stage.text is not None and stage.guidance.empty == "zeros" and not request.negative_prompt:
+            outputs = self.model.graphs[stage.text].outputs
+            text: dict[str, Array] = {t.name: np.zeros((count, *map(int, t.shape[1:])), t.dtype) for t in outputs}
+        else:
+            rows = self.encode_text([request.negative_prompt], stage)
+            text = {name: np.repeat(value, count, axis=0) for name, value in rows.items()}
+        graph = self.model.graphs[stage.denoiser]
+        return text | conditioning.constants(stage, graph, self._pixels(request), count, negative=True)
 
     def _settings(self, request: Request, index: int) -> dict[str, Any]:
         """What makes picture ``index`` again, for its metadata."""
@@ -283,25 +334,10 @@ class Pipeline:
             if (value := _plain(getattr(request, name))) != default:
                 settings[name] = value
         if request.image is not None:
-            settings["strength"] = _plain(_strength(request))
+            settings["strength"] = _plain(self._strength(request))
         if self.manifest is not None:
             settings |= {"target": self.manifest.target, "precision": self.manifest.precision}
         return settings
-
-
-def _first_step(request: Request, steps: int) -> int:
-    """The step that a picture starts at, as in diffusers: int(strength * steps) steps are made."""
-    if request.image is None:
-        return 0
-    strength = _strength(request)
-    made = min(int(steps * strength), steps)
-    if not made:
-        raise DexportError(f"a strength of {strength:g} leaves none of {steps} steps; raise one of them")
-    return steps - made
-
-
-def _strength(request: Request) -> float:
-    return STRENGTH if request.strength is None else float(request.strength)
 
 
 def _plain(numbers: Any) -> Any:
