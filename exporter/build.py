@@ -85,6 +85,8 @@ def build(
             overwrite=overwrite,
             progress=share(0, 0.5),
         )
+        if settings:
+            settings.check_for(model)
         reference = gate.record(source, model, hub_folder, share(0.5, 1))
         recipe = {"shape": list(_shape(model)), "dynamic_shape": dynamic_shape, "max_batch": max_batch}
         calibrated = quantized.prepare(model, hub_folder, settings, share(0.9, 1)) if settings else None
@@ -146,6 +148,8 @@ def compile_hub(
     bundle.check_free(output, overwrite, [hub_folder])
     settings = _check_quantization(quantization, pairs)
     model = hub.load(hub_folder)
+    if settings:
+        settings.check_for(model)
     share = _shares(progress, 2 if settings else 1)
     calibrated = quantized.prepare(model, hub_folder, settings, share(0, 1)) if settings else None
     dynamic = any(isinstance(side, str) for side in _sample(model).shape[1:])

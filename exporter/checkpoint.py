@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,10 @@ class Component:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A diffusers folder, checked; ``paths`` are the files that an export depends on, relative to ``folder``."""
+    """A diffusers folder, checked; ``paths`` are the files that an export depends on, relative to ``folder``.
+
+    ``index``: what model_index.json says, of which only what is not asked for here has further use.
+    """
 
     folder: Path
     pipeline: str
@@ -48,6 +51,7 @@ class Checkpoint:
     scheduler: Mapping[str, Any]
     tokenizers: tuple[str, ...]
     paths: tuple[str, ...]
+    index: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def family(self) -> families.Family:
@@ -93,6 +97,7 @@ def read(folder: Path, *, check: bool = True, progress: Progress = silent) -> Ch
         _read_scheduler(scheduler, _class_of(folder, index, "scheduler")),
         tuple(tokenizers),
         tuple(sorted(path.relative_to(folder).as_posix() for path in [*used, scheduler])),
+        index,
     )
     if check:
         for index_, component in enumerate(components.values()):

@@ -28,6 +28,8 @@ SIDE = 65536  # the largest side of a tensor or a picture, and the longest promp
 ELEMENTS = 2**28  # of a sample or a picture
 RANK = 8
 STEPS = 10_000
+MOST_LABELS = 10**6
+NUMBER = re.compile(r"0|[1-9][0-9]{0,6}", re.ASCII)
 TENSORS: dict[Kind, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "text": ((), ()),
     "denoiser": (("sample", "timestep"), ("output",)),
@@ -157,7 +159,10 @@ def _check_stage(model: Model, stage: Stage, where: str) -> None:
         raise _wrong(where, "steps", stage.steps, f"1 to {STEPS}")
     if not math.isfinite(stage.guidance.scale):
         raise _wrong(where, "guidance: scale", stage.guidance.scale, "a finite number")
+    if not 1 <= stage.multiple <= SIDE or any(side % stage.multiple for side in stage.sample[1:]):
+        raise _wrong(where, "multiple", stage.multiple, "a number from 1 that divides the sample's sides")
     _check_inputs(model.graphs[stage.denoiser], stage, where)
+    _check_labels(model.graphs[stage.denoiser], stage, where)
     try:
         compile_table(stage.scheduler, stage.steps)
     except DexportError as error:
@@ -181,6 +186,28 @@ def _check_inputs(graph: Graph, stage: Stage, where: str) -> None:
             raise DexportError(f"{where}: inputs: {name!r:.60}: not numbers of {tensors[name].dtype}") from error
         if array.shape != tensors[name].shape[1:]:
             raise _wrong(where, f"inputs: the shape of {name!r:.60}", array.shape, str(list(tensors[name].shape[1:])))
+
+
+def _check_labels(graph: Graph, stage: Stage, where: str) -> None:
+    """A denoiser with classes must say which there are; to be guided it needs one that stands for none."""
+    labels, taken = stage.labels, [tensor for tensor in graph.inputs if tensor.name == "labels"]
+    if bool(labels) != bool(taken):
+        raise DexportError(f"{where}: labels and an input 'labels' of the denoiser must go together")
+    if labels is None:
+        return
+    if taken != [Tensor("labels", "int64", ("batch",))]:
+        raise DexportError(f"{where}: the denoiser's 'labels' must be int64 [batch]")
+    if not 1 <= labels.count <= MOST_LABELS:
+        raise _wrong(where, "labels: count", labels.count, f"1 to {MOST_LABELS}")
+    if labels.null is not None and not 0 <= labels.null <= MOST_LABELS:
+        raise _wrong(where, "labels: null", labels.null, f"0 to {MOST_LABELS}")
+    if labels.null is None and stage.guidance.kind == "cfg":
+        raise DexportError(f"{where}: guidance needs a class that stands for none")
+    for number, name in labels.names.items():
+        if not (NUMBER.fullmatch(number) and int(number) < labels.count and name.isprintable()):
+            raise _wrong(
+                where, f"labels: names: {number!r:.20}", name, f"a name of a class from 0 to {labels.count - 1}"
+            )
 
 
 def _wrong(where: str, what: str, value: object, wanted: str) -> DexportError:

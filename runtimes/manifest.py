@@ -52,10 +52,23 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class Guidance:
-    """How a prompt steers: "cfg" runs the denoiser with and without it; "none" only with it."""
+    """How a prompt or a class steers: "cfg" runs the denoiser with and without it; "none" only with it."""
 
     kind: Literal["cfg", "none"]
     scale: float
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The classes that a denoiser's input ``labels`` takes: the numbers from 0 to ``count`` - 1.
+
+    null: the number beyond them that stands for no class, which guidance steers away from; None where there is none.
+    names: the names of a number, with commas between, where it has some.
+    """
+
+    count: int
+    null: int | None
+    names: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -73,6 +86,8 @@ class Stage:
     guidance: Guidance
     steps: int
     inputs: Mapping[str, Any] = field(default_factory=dict)  # values of further denoiser inputs, e.g. time_ids
+    labels: Labels | None = None  # of a denoiser with classes
+    multiple: int = 1  # what height and width of a sample of another size must be multiples of
 
 
 @dataclass(frozen=True)
@@ -132,7 +147,7 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         return value
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         hints = typing.get_type_hints(kind)
-        needed = {f.name for f in dataclasses.fields(kind) if f.default_factory is dataclasses.MISSING}
+        needed = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING}
         if missing := sorted(needed - set(value)):
             raise DexportError(f"{where}: {missing[0]!r} is missing")
         if unknown := sorted(set(value) - set(hints)):
@@ -149,6 +164,8 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         for option in arguments:
             if option is type(None) and value is None:
                 return None
+            if dataclasses.is_dataclass(option) and isinstance(value, dict):
+                return _decode(option, value, where)
             if isinstance(option, type) and isinstance(value, option) and not isinstance(value, bool):
                 return value
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):

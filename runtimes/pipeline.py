@@ -1,4 +1,4 @@
-"""From prompts to pictures: text, denoising loop, decoder. It knows stages and tensors, no family and no runtime."""
+"""From a request to pictures: text, denoising loop, decoder. It knows stages and tensors, no family and no runtime."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from runtimes import bundle, guidance, loop, samplers
+from runtimes import bundle, guidance, loop, samplers, subject
 from runtimes.errors import DexportError, Progress, silent
 from runtimes.image import to_array, to_images
 from runtimes.manifest import Manifest, Model, Stage
@@ -34,11 +34,15 @@ STRENGTH = 0.8
 
 @dataclass(frozen=True)
 class Request:
-    """What to draw. None takes the checkpoint's default. Image i of the whole request uses seed + i."""
+    """What to draw. None takes the checkpoint's default. Image i of the whole request uses seed + i.
 
-    prompts: Sequence[str]
+    A model takes prompts, or labels (its classes, by number or name), or neither.
+    """
+
+    prompts: Sequence[str] = ()
     negative_prompt: str = ""
-    images: int = 1  # for each prompt
+    labels: int | str | Sequence[int | str] = ()
+    images: int = 1  # for each prompt or label
     steps: int | None = None
     # Up to 1 the negative prompt is not used, and a step costs half. Several scales are spread over the steps.
     guidance: float | Sequence[float] | None = None
@@ -47,7 +51,8 @@ class Request:
     seed: int = 0
     sampler: str | None = None
     size: tuple[int, int] | None = None  # height and width in pixels, where the bundle is of dynamic shape
-    image: Image.Image | None = None  # start from this picture, made noisy by ``strength``
+    # Start from this picture, made noisy by ``strength``; a model that is shown one (superresolution) goes by it.
+    image: Image.Image | None = None
     strength: float | None = None  # 0 to 1: the part of the steps that is made of a picture; STRENGTH if None
     guidance_batch: Batching = "batched"  # with and without prompt in one call, or in two that need less memory
 
@@ -96,14 +101,14 @@ class Pipeline:
         pipeline.manifest = manifest
         return pipeline
 
-    def __call__(self, prompt: str | Sequence[str], *, progress: Progress = silent, **settings: Any) -> Result:
+    def __call__(self, prompt: str | Sequence[str] = (), *, progress: Progress = silent, **settings: Any) -> Result:
         """Draw; ``settings`` are the fields of ``Request``."""
         request = Request([prompt] if isinstance(prompt, str) else list(prompt), **settings)
         for step in self.generate(request):
             progress(f"step {step.index + 1}/{step.total}", (step.index + 1) / step.total)
         images = to_images(self.decode(step.sample, request))
         warnings = []
-        if self.model.tokenizers:
+        if request.prompts:
             for name, prompts in (("prompt", request.prompts), ("negative prompt", [request.negative_prompt])):
                 _, cut = self.tokenize(prompts)
                 warnings += [
@@ -120,18 +125,19 @@ class Pipeline:
         request = self._checked(request)
         stage = self.model.stages[0]
         steps = request.steps or stage.steps
-        config = samplers.pick(stage.scheduler, request.sampler, image=request.image is not None)
-        table = samplers.compile_table(config, steps, begin=_first_step(request, steps))
+        begun = None if subject.shown(self.model) else request.image
+        config = samplers.pick(stage.scheduler, request.sampler, image=begun is not None)
+        table = samplers.compile_table(config, steps, begin=_first_step(request, steps) if begun else 0)
         table = guidance.plan(table, self._scale(request), request.guidance_interval)
-        count = len(request.prompts) * request.images
+        count = subject.count(request)
         shape = self.sample_shape(request)
         draw = noise or loop.noise_source([request.seed + index for index in range(count)], shape)
         start = draw()
         if start.shape != (count, *shape):
             raise DexportError(f"the start noise has shape {list(start.shape)}, not {[count, *shape]}")
-        if request.image is not None:
+        if begun is not None:
             signal, noisy = table.mix
-            start = signal * self.encode(to_array(request.image, self._pixels(request))) + noisy * start
+            start = signal * self.encode(to_array(begun, self._pixels(request))) + noisy * start
             table = replace(table, init_scale=1.0)
         yield from loop.sample(table, start, self._denoiser(stage, request, table), draw)
 
@@ -171,16 +177,21 @@ class Pipeline:
     def sample_shape(self, request: Request) -> tuple[int, ...]:
         """The shape of one sample [C, h, w] that the request asks for."""
         stage = self.model.stages[0]
-        if request.size is None:
+        factor, fixed, size = stage.factor, self._fixed_size(stage), request.size
+        if size is None and fixed is None and request.image is not None and subject.shown(self.model):
+            height, width = subject.fitting(request.image, stage.multiple)
+            size = (height * factor, width * factor)
+        if size is None:
             return stage.sample
-        factor, fixed = stage.factor, self._fixed_size(stage)
-        if fixed and fixed != tuple(request.size):
+        if fixed and fixed != tuple(size):
             raise DexportError(
                 f"this bundle makes images of {fixed[0]}x{fixed[1]} pixels; build one with --dynamic-shape for others"
             )
-        if any(side <= 0 or side % factor for side in request.size):
-            raise DexportError(f"a size must be a multiple of {factor} pixels; {request.size} is not")
-        return (stage.sample[0], request.size[0] // factor, request.size[1] // factor)
+        if any(side <= 0 or side % (factor * stage.multiple) for side in size):
+            raise DexportError(f"a size must be a multiple of {factor * stage.multiple} pixels; {size} is not")
+        if max(size) > LONGEST_SIDE:
+            raise DexportError(f"a side of {max(size)} pixels is too long; it may have {LONGEST_SIDE}")
+        return (stage.sample[0], size[0] // factor, size[1] // factor)
 
     def _fixed_size(self, stage: Stage) -> tuple[int, int] | None:
         sample = next(t for t in self.model.graphs[stage.denoiser].inputs if t.name == "sample")
@@ -189,8 +200,7 @@ class Pipeline:
         return stage.sample[1] * stage.factor, stage.sample[2] * stage.factor
 
     def _checked(self, request: Request) -> Request:
-        if not request.prompts:
-            raise DexportError("no prompt given")
+        subject.check(self.model, request)
         if request.images < 1:
             raise DexportError(f"images must be 1 or more, not {request.images}")
         if request.steps is not None and request.steps < 1:
@@ -210,11 +220,8 @@ class Pipeline:
             raise DexportError(f"strength must be above 0 and at most 1, not {strength}")
         if request.strength is not None and request.image is None:
             raise DexportError("strength is how much of a picture may change; give --image too, or leave it out")
-        if len(request.prompts) * request.images > MOST_IMAGES:
-            count = f"{len(request.prompts)} x {request.images}"
+        if (count := subject.count(request)) > MOST_IMAGES:
             raise DexportError(f"{count} images are too many for one call; ask for {MOST_IMAGES} at most")
-        if request.size is not None and max(request.size) > LONGEST_SIDE:
-            raise DexportError(f"a side of {max(request.size)} pixels is too long; it may have {LONGEST_SIDE}")
         if request.guidance_batch not in ("batched", "sequential"):
             raise DexportError(f"guidance_batch is 'batched' or 'sequential', not {request.guidance_batch!r}")
         return request
@@ -233,10 +240,9 @@ class Pipeline:
     ) -> Callable[[Array, float, samplers.Row], Array]:
         """The model as the loop calls it: with the prompt's conditioning, and guided where the row says so."""
         is_guided = stage.guidance.kind == "cfg" and any(row.guidance > 1 for row in table.rows)
-        with_prompt = self._conditioning(stage, request.prompts, request.images)
-        count = len(request.prompts) * request.images
+        with_prompt = self._conditioning(stage, request)
         if is_guided:
-            without = self._conditioning(stage, [request.negative_prompt], count)
+            without = self._conditioning(stage, request, without=True)
             both = {name: np.concatenate([without[name], with_prompt[name]]) for name in with_prompt}
         session = self._open(stage.denoiser)  # after the text graph, which may be closed by now
 
@@ -259,21 +265,29 @@ class Pipeline:
 
         return model
 
-    def _conditioning(self, stage: Stage, prompts: Sequence[str], repeat: int) -> dict[str, Array]:
-        """Conditioning for the denoiser: each prompt's row ``repeat`` times, and the stage's constant inputs."""
-        rows = {name: np.repeat(value, repeat, axis=0) for name, value in self.encode_text(prompts).items()}
+    def _conditioning(self, stage: Stage, request: Request, *, without: bool = False) -> dict[str, Array]:
+        """The denoiser's inputs beside sample and timestep, one row a picture.
+
+        without: of the negative prompt, or of no class, in place of what the request asks for.
+        """
+        count, (_, height, width) = subject.count(request), self.sample_shape(request)
+        rows: dict[str, Array] = {}
+        if stage.text is not None:
+            prompts = [request.negative_prompt] if without else request.prompts
+            encoded = self.encode_text(prompts)
+            rows = {name: np.repeat(value, count // len(prompts), axis=0) for name, value in encoded.items()}
         for tensor in self.model.graphs[stage.denoiser].inputs:
             if tensor.name in stage.inputs:
                 value = np.asarray(stage.inputs[tensor.name], tensor.dtype)
-                rows[tensor.name] = np.repeat(value[None], len(prompts) * repeat, axis=0)
-        return rows
+                rows[tensor.name] = np.repeat(value[None], count, axis=0)
+        return rows | subject.conditioning(self.model, request, (height, width), without=without)
 
     def _settings(self, request: Request, index: int) -> dict[str, Any]:
         """What makes picture ``index`` again, for its metadata."""
         stage = self.model.stages[0]
         settings: dict[str, Any] = {
-            "prompt": request.prompts[index // request.images],
-            "negative_prompt": request.negative_prompt,
+            **subject.settings(self.model, request, index),
+            **({"negative_prompt": request.negative_prompt} if request.prompts else {}),
             "seed": request.seed + index,
             "steps": request.steps or stage.steps,
             "guidance": _plain(self._scale(request)),
@@ -282,7 +296,7 @@ class Pipeline:
         for name, default in (("guidance_interval", [0.0, 1.0]), ("guidance_rescale", 0.0)):
             if (value := _plain(getattr(request, name))) != default:
                 settings[name] = value
-        if request.image is not None:
+        if request.image is not None and not subject.shown(self.model):
             settings["strength"] = _plain(_strength(request))
         if self.manifest is not None:
             settings |= {"target": self.manifest.target, "precision": self.manifest.precision}

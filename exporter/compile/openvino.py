@@ -90,6 +90,7 @@ def _narrowed(source: Path, folder: Path, precision: str) -> Path:
 
 def _write(ov: Any, model: Any, graph: Graph, output: Path, precision: str, progress: Progress) -> None:
     _reshape_timestep(ov, model)
+    _split_first(ov, model)
     _name_by_place(model)
     progress(f"{graph.kind}: writing the IR", 0.5)
     ov.save_model(model, output / "model.xml", compress_to_fp16=WEIGHTS[precision] == "fp16")
@@ -120,6 +121,24 @@ def _reshape_timestep(ov: Any, model: Any) -> None:
             reshape = ov.opset13.reshape(before, same_by_one, special_zero=True)
             reshape.set_friendly_name(operation.get_friendly_name())
             after.replace(reshape.output(0))
+
+
+def _split_first(ov: Any, model: Any) -> None:
+    """Split [batch, 2 C] and then make it [batch, C, 1, 1], not the other way round.
+
+    The scale and shift of a norm that goes by the timestep come out of a Split. Where it feeds them right into the
+    norm's arithmetic, OpenVINO 2026.4.1 crashes while it compiles for a CPU with fixed shapes.
+    """
+    for operation in model.get_ordered_ops():
+        before = operation.input_value(0).get_node() if operation.get_type_name() == "Split" else None
+        if before is None or before.get_type_name() != "Unsqueeze" or not len(before.input_value(0).partial_shape) == 2:
+            continue
+        axis, added = (value.get_node() for value in (operation.input_value(1), before.input_value(1)))
+        if added.get_type_name() != "Constant" or sorted(added.data.flatten().tolist()) != [2, 3]:
+            continue
+        split = ov.opset13.split(before.input_value(0), axis.output(0), operation.get_output_size())
+        for index, output in enumerate(operation.outputs()):
+            output.replace(ov.opset13.unsqueeze(split.output(index), added.output(0)).output(0))
 
 
 def _keep_timestep_exact(file: Path) -> None:

@@ -18,7 +18,13 @@ from runtimes.manifest import Kind, Stage, Tensor
 if TYPE_CHECKING:
     from exporter.checkpoint import Checkpoint
 
-PIPELINES = {"StableDiffusionPipeline": "stable_diffusion"}
+PIPELINES = {
+    "StableDiffusionPipeline": "stable_diffusion",
+    "DDPMPipeline": "pixel",
+    "DDIMPipeline": "pixel",
+    "PNDMPipeline": "pixel",
+    "ConsistencyModelPipeline": "pixel",
+}
 """The allow-list: diffusers' pipeline class to the family's file."""
 
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
