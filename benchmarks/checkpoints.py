@@ -24,7 +24,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from exporter.families import Spec, stable_diffusion  # the path above comes first
+from exporter.families import Spec, parts, stable_diffusion  # the path above comes first
 from exporter.trace import build
 from exporter.weights import parameter_shapes
 
@@ -62,7 +62,7 @@ INDEX = {
 PARTS = {
     "text_encoder": (TEXT, stable_diffusion.text_model, "model"),
     "unet": (UNET, stable_diffusion.unet_model, "diffusion_pytorch_model"),
-    "vae": (VAE, stable_diffusion.vae_model, "diffusion_pytorch_model"),
+    "vae": (VAE, parts.build_vae, "diffusion_pytorch_model"),
 }
 
 

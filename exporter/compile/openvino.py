@@ -131,10 +131,11 @@ def _split_first(ov: Any, model: Any) -> None:
     """
     for operation in model.get_ordered_ops():
         before = operation.input_value(0).get_node() if operation.get_type_name() == "Split" else None
-        if before is None or before.get_type_name() != "Unsqueeze" or not len(before.input_value(0).partial_shape) == 2:
+        if before is None or before.get_type_name() != "Unsqueeze":
             continue
         axis, added = (value.get_node() for value in (operation.input_value(1), before.input_value(1)))
-        if added.get_type_name() != "Constant" or sorted(added.data.flatten().tolist()) != [2, 3]:
+        flat = before.input_value(0).get_partial_shape().rank == 2
+        if not flat or added.get_type_name() != "Constant" or sorted(added.data.flatten().tolist()) != [2, 3]:
             continue
         split = ov.opset13.split(before.input_value(0), axis.output(0), operation.get_output_size())
         for index, output in enumerate(operation.outputs()):
