@@ -24,6 +24,7 @@ PIPELINES = {
     "DDIMPipeline": "pixel",
     "PNDMPipeline": "pixel",
     "ConsistencyModelPipeline": "pixel",
+    "DiTPipeline": "dit",
 }
 """The allow-list: diffusers' pipeline class to the family's file."""
 
