@@ -24,6 +24,8 @@ PIPELINES = {
     "DDIMPipeline": "pixel",
     "PNDMPipeline": "pixel",
     "ConsistencyModelPipeline": "pixel",
+    "LDMPipeline": "latent_diffusion",
+    "LDMSuperResolutionPipeline": "latent_diffusion",
     "DiTPipeline": "dit",
 }
 """The allow-list: diffusers' pipeline class to the family's file."""

@@ -108,7 +108,7 @@ def test_a_timestep_depends_on_nothing_else(built: Make) -> None:
 
 
 @pytest.mark.skipif(flavour("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed")
-@pytest.mark.parametrize("name", ["learned", "consistency", "dit"])
+@pytest.mark.parametrize("name", ["learned", "consistency", "ldm", "superresolution", "dit"])
 def test_engines_are_built(built: Make, name: str, tmp_path: Path) -> None:
     made = built(name)
     for part in ("denoiser", "decoder"):
