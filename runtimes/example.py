@@ -23,7 +23,7 @@ def subjects(model: Model, count: int) -> tuple[str, ...]:
     labels = model.stages[0].labels
     if labels is None:
         return tuple(f"picture {index + 1}" for index in range(count))
-    return tuple(str(int(place)) for place in np.linspace(0, labels.count - 1, count))
+    return tuple(str(round(place)) for place in np.linspace(0, labels.count - 1, count))
 
 
 def first(model: Model) -> str:
