@@ -370,6 +370,7 @@ def compile_(
     "--prompts", "prompt_file", type=click.File(encoding="utf-8-sig"), help="A UTF-8 file with one prompt a line."
 )
 @click.option("--negative-prompt", default="", help="What not to draw.")
+@click.option("--class", "labels", multiple=True, help="Class of a model that has some: name or number. Likewise.")
 @click.option("--steps", type=click.IntRange(1), help="Steps of the sampler.")
 @click.option(
     "--guidance", type=Numbers(),
@@ -385,13 +386,18 @@ def compile_(
 @click.option(
     "--guidance-rescale", type=click.FloatRange(0, 1), default=0.0, help="How far the contrast that guidance adds goes."
 )
-@click.option("--image", "image_file", type=FOLDER, help="Start from this picture instead of noise.")
+@click.option(
+    "--image", "image_file", type=FOLDER,
+    help="Start from this picture instead of noise; what a model for superresolution makes larger.",
+)  # fmt: skip
 @click.option(
     "--strength", type=click.FloatRange(0, 1, min_open=True),
     help="How much of the picture of --image may change. [default: 0.8]",
 )  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Image i has SEED + i.")
-@click.option("--images", type=click.IntRange(1), default=1, show_default=True, help="Images for each prompt.")
+@click.option(
+    "-n", "--images", type=click.IntRange(1), default=1, show_default=True, help="Images for each prompt or class."
+)
 @click.option("--sampler", type=SamplerName(), help="Another sampler than the checkpoint's.")
 @click.option("--size", type=Shape(), help="Size of the images, where the bundle is of dynamic shape.")
 @click.option(
@@ -416,11 +422,12 @@ def run(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Draw with a BUNDLE.
+    """Draw with a BUNDLE: prompts, classes, or, with a model that takes neither, what it was trained on.
 
     \b
     Example:
       dexport run bundle --prompt "red apple" --prompt "green apple" --steps 20 --seed 7 -o apples
+      dexport run bundle --class "golden retriever" --class 207 -n 4 -o dogs
     """
     try:
         lines = [line.strip() for line in prompt_file] if prompt_file else []
@@ -430,9 +437,8 @@ def run(
             f"{prompt_file.name}: not a text in UTF-8 ({error.reason})", param_hint=hint
         ) from error
     every = [*prompts, *filter(None, lines)]
-    if not every:
-        raise click.UsageError("no prompt given; use --prompt or --prompts")
-    files = console.image_files(output, len(every) * settings["images"])
+    count = max(len(every), len(settings["labels"]), 1)
+    files = console.image_files(output, count * settings["images"])
     console.check_places(files)
     settings["image"] = console.open_image(image_file) if image_file else None
     with console.working() as progress:

@@ -19,7 +19,7 @@ from exporter.families import Shape
 from exporter.quantized import Quantization
 from runtimes import bundle
 from runtimes.errors import DexportError, Progress, silent
-from runtimes.manifest import Manifest, Model, to_json
+from runtimes.manifest import Manifest, Model, Stage, to_json
 from runtimes.session import Session, require
 from runtimes.target import Target
 
@@ -86,8 +86,9 @@ def build(
         bundle.check_free(keep_hub, overwrite, inputs)
     read = ensemble.read(checkpoint, refiner, config=config, loras=loras, clip_skip=clip_skip)
     source = ensemble.with_sampler(read, sampler)
-    if any(precision in quantized.PRECISIONS for _, precision in pairs):
-        quantized.check(ensemble.stages(source, Shape(*source.family.default_shape(source), free=False)))
+    _check_use(
+        ensemble.stages(source, Shape(*source.family.default_shape(source), free=False)), pairs, settings
+    )  # likewise
     with tempfile.TemporaryDirectory(prefix=".dexport-", dir=_existing(output)) as work:
         hub_folder = keep_hub or Path(work) / "hub"
         share = _shares(progress, 1 + len(pairs))
@@ -164,8 +165,7 @@ def compile_hub(
     bundle.check_free(output, overwrite, [hub_folder])
     settings = _check_quantization(quantization, pairs)
     model = hub.load(hub_folder)
-    if precision in quantized.PRECISIONS:
-        quantized.check(model.stages)
+    _check_use(model.stages, pairs, settings)
     share = _shares(progress, 2)
     prepared = _prepare(model, hub_folder, pairs, settings, share(0, 1))
     dynamic = any(isinstance(side, str) for side in _sample(model).shape[1:])
@@ -255,6 +255,13 @@ def _check_quantization(quantization: Quantization | None, pairs: Sequence[tuple
             f"add --precision {quantized.PRECISIONS[0]}"
         )
     return asked.checked()
+
+
+def _check_use(stages: Sequence[Stage], pairs: Sequence[tuple[Target, str]], settings: quantized.Settings) -> None:
+    """Raise DexportError for a model that is not quantized, and for prompts that it does not take."""
+    if any(precision in quantized.PRECISIONS for _, precision in pairs):
+        quantized.check(stages)
+    settings.check_for(stages)
 
 
 def _prove(

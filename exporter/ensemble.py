@@ -14,7 +14,7 @@ from pathlib import Path
 from exporter import checkpoint as checkpoints
 from exporter.checkpoint import Checkpoint
 from exporter.families import Shape, Spec
-from runtimes import samplers
+from runtimes import samplers, subject
 from runtimes.errors import DexportError, Progress, silent
 from runtimes.manifest import File, Stage
 
@@ -128,6 +128,8 @@ def _check(base: Checkpoint, refiner: Checkpoint, first: Stage, last: Stage) -> 
     """The two must speak of the same latents and of the same noise."""
     if (first.sample, first.factor) != (last.sample, last.factor):
         raise DexportError(f"{refiner.path}: its latents are {last.sample}, those of {base.path} {first.sample}")
+    if not subject.alike(first, last):
+        raise DexportError(f"{refiner.path}: it does not take the same prompts or classes as {base.path}")
     for option in LATENTS:
         pair = [part.components["vae"].config.get(option) for part in (base, refiner) if "vae" in part.components]
         if len(pair) == 2 and pair[0] != pair[1]:

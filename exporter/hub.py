@@ -161,6 +161,8 @@ def _with_defaults(stage: Stage, steps: int | None, guidance: float | None) -> S
         stage = replace(stage, steps=steps)
     if guidance is None:
         return stage
+    if stage.guidance.kind == "none" and guidance > 1:
+        raise DexportError("this model was made to draw without guidance; leave --guidance out")
     kind = "none" if stage.guidance.kind == "cfg" and guidance <= 1 else stage.guidance.kind
     return replace(stage, guidance=replace(stage.guidance, kind=kind, scale=float(guidance)))
 

@@ -77,6 +77,7 @@ def _stage(stage: Stage) -> dict[str, Any]:
         "sampler": stage.scheduler["_class_name"],
         "steps": stage.steps,
         "guidance": f"{stage.guidance.kind}, scale {stage.guidance.scale:g}",
+        **({"classes": stage.labels.count} if stage.labels else {}),
     }
 
 

@@ -11,15 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from runtimes import bundle
+from runtimes import bundle, example
 from runtimes.conditioning import constants
 from runtimes.errors import DexportError, Progress, silent
 from runtimes.manifest import Graph, Stage
-from runtimes.pipeline import Pipeline, Request
+from runtimes.pipeline import Pipeline
 from runtimes.session import Array, Session, require, run_batched
 from runtimes.target import Target
-
-PROMPT = "a red apple"
 
 
 def bench(
@@ -83,13 +81,14 @@ def bench(
 
 def _warm(pipeline: Pipeline, images: int) -> None:
     """Go each graph's way once with the shapes of the request that is timed: a new shape may cost a compilation."""
-    step = next(pipeline.generate(Request([PROMPT], images=images)))
+    model = pipeline.model
+    step = next(pipeline.generate(example.request(model, example.first(model), images=images)))
     pipeline.decode(step.sample)
 
 
 def _image(pipeline: Pipeline, images: int) -> dict[str, Any]:
     """Time one request, from its prompt to its pixels, and the steps in it."""
-    request = Request([PROMPT], images=images)
+    request = example.request(pipeline.model, example.first(pipeline.model), images=images)
     begin = time.perf_counter()
     ends, sample = [], np.zeros(0)
     for step in pipeline.generate(request):
@@ -116,7 +115,7 @@ def _inputs(graph: Graph, stage: Stage, batch: int) -> Mapping[str, Array]:
             inputs[tensor.name] = np.full(shape, 500, tensor.dtype)
         elif np.issubdtype(np.dtype(tensor.dtype), np.integer):
             inputs[tensor.name] = np.zeros(shape, tensor.dtype)
-        elif graph.kind == "encoder":
+        elif tensor.name == "image":
             inputs[tensor.name] = random.random(shape).astype(tensor.dtype)
         else:
             inputs[tensor.name] = random.standard_normal(shape).astype(tensor.dtype)

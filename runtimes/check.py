@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import PurePosixPath
 
-from runtimes import conditioning
+from runtimes import conditioning, subject
 from runtimes.accuracy import BANDS
 from runtimes.errors import DexportError, IntegrityError
 from runtimes.manifest import Graph, Kind, Manifest, Model, Stage, Tensor, Tokenizer
@@ -28,6 +28,8 @@ SIDE = 65536  # the largest side of a tensor or a picture, and the longest promp
 ELEMENTS = 2**28  # of a sample or a picture
 RANK = 8
 STEPS = 10_000
+MOST_LABELS = 10**6
+NUMBER = re.compile(r"0|[1-9][0-9]{0,6}", re.ASCII)
 TENSORS: dict[Kind, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "text": ((), ()),
     "denoiser": (("sample", "timestep"), ("output",)),
@@ -36,6 +38,7 @@ TENSORS: dict[Kind, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 """The inputs and outputs that a pipeline gives and takes by name."""
 GUIDANCE = "guidance"  # the denoiser's further input where it is told the scale
+ASKED = (GUIDANCE, "labels", "image")  # further inputs that a request fills
 
 
 def check_paths(paths: Iterable[str], where: str) -> None:
@@ -170,7 +173,10 @@ def _check_stage(model: Model, stage: Stage, where: str) -> None:
         raise _wrong(where, "span", stage.span, "two numbers that rise within 0 to 1")
     if stage.strength is not None and not 0 < stage.strength <= 1:
         raise _wrong(where, "strength", stage.strength, "above 0 and at most 1")
+    if not 1 <= stage.multiple <= SIDE or any(side % stage.multiple for side in stage.sample[1:]):
+        raise _wrong(where, "multiple", stage.multiple, "a number from 1 that divides the sample's sides")
     _check_inputs(model.graphs[stage.denoiser], stage, where)
+    _check_labels(model.graphs[stage.denoiser], stage, where)
     try:
         compile_table(stage.scheduler, stage.steps, start=stage.span[0], end=stage.span[1])
     except DexportError as error:
@@ -185,7 +191,7 @@ def _check_inputs(graph: Graph, stage: Stage, where: str) -> None:
     if not fits:
         raise _wrong(where, "sample", stage.sample, f"the denoiser's {list(sides)}")
     for name, value in (*stage.inputs.items(), *stage.negative.items()):
-        if name not in tensors or name in (*TENSORS["denoiser"][0], GUIDANCE):
+        if name not in tensors or name in (*TENSORS["denoiser"][0], *ASKED):
             raise _wrong(where, "inputs", name, "further inputs of the denoiser")
         try:
             array = conditioning.array(value, tensors[name].dtype, (1, 1))
@@ -208,6 +214,30 @@ def _check_way(stages: Sequence[Stage], where: str) -> None:
         raise _wrong(where, "the stages' spans", spans, "a way from 0 to 1 without a gap")
     if len({(stage.sample, stage.factor) for stage in stages}) > 1:
         raise DexportError(f"{where}: the stages' samples differ; one must go on with what the other made")
+    if not all(subject.alike(stages[0], stage) for stage in stages):
+        raise DexportError(f"{where}: the stages must all take a prompt, or the same classes, or neither")
+
+
+def _check_labels(graph: Graph, stage: Stage, where: str) -> None:
+    """A denoiser with classes must say which there are; to be guided it needs one that stands for none."""
+    labels, taken = stage.labels, [tensor for tensor in graph.inputs if tensor.name == "labels"]
+    if bool(labels) != bool(taken):
+        raise DexportError(f"{where}: labels and an input 'labels' of the denoiser must go together")
+    if labels is None:
+        return
+    if taken != [Tensor("labels", "int64", ("batch",))]:
+        raise DexportError(f"{where}: the denoiser's 'labels' must be int64 [batch]")
+    if not 1 <= labels.count <= MOST_LABELS:
+        raise _wrong(where, "labels: count", labels.count, f"1 to {MOST_LABELS}")
+    if labels.null is not None and not 0 <= labels.null <= MOST_LABELS:
+        raise _wrong(where, "labels: null", labels.null, f"0 to {MOST_LABELS}")
+    if labels.null is None and stage.guidance.kind == "cfg":
+        raise DexportError(f"{where}: guidance needs a class that stands for none")
+    for number, name in labels.names.items():
+        if not (NUMBER.fullmatch(number) and int(number) < labels.count and name.isprintable()):
+            raise _wrong(
+                where, f"labels: names: {number!r:.20}", name, f"a name of a class from 0 to {labels.count - 1}"
+            )
 
 
 def _wrong(where: str, what: str, value: object, wanted: str) -> DexportError:

@@ -52,7 +52,7 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class Guidance:
-    """How a prompt steers: "cfg" runs the denoiser with and without it, "none" only with it.
+    """How a prompt or a class steers: "cfg" runs the denoiser with and without it, "none" only with it.
 
     "embedded" runs it only with the prompt, and tells it the scale as its input ``guidance`` [batch].
     empty: what stands for an empty negative prompt, the text graph's output for it or zeros.
@@ -61,6 +61,19 @@ class Guidance:
     kind: Literal["cfg", "none", "embedded"]
     scale: float
     empty: Literal["text", "zeros"] = "text"
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The classes that a denoiser's input ``labels`` takes: the numbers from 0 to ``count`` - 1.
+
+    null: the number beyond them that stands for no class, which guidance steers away from; None where there is none.
+    names: the names of a number, with commas between, where it has some.
+    """
+
+    count: int
+    null: int | None
+    names: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,8 @@ class Stage:
     negative: Mapping[str, Any] = field(default_factory=dict)  # those that differ in the call with the negative prompt
     span: tuple[float, ...] = (0.0, 1.0)  # the part of the way from noise to picture that the stage makes
     strength: float | None = None  # of a model that only reworks pictures: how much, if nothing is asked for
+    labels: Labels | None = None  # of a denoiser with classes
+    multiple: int = 1  # what height and width of a sample of another size must be multiples of
 
 
 @dataclass(frozen=True)
@@ -167,6 +182,8 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         for option in arguments:
             if option is type(None) and value is None:
                 return None
+            if dataclasses.is_dataclass(option) and isinstance(value, dict):
+                return _decode(option, value, where)
             if isinstance(option, type) and isinstance(value, option) and not isinstance(value, bool):
                 return value
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""From prompts to pictures: text, denoising loop, decoder. It knows stages and tensors, no family and no runtime."""
+"""From a request to pictures: text, denoising loop, decoder. It knows stages and tensors, no family and no runtime."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from runtimes import bundle, conditioning, guidance, loop, samplers
+from runtimes import bundle, conditioning, guidance, loop, samplers, subject
 from runtimes.errors import DexportError, Progress, silent
 from runtimes.image import to_array, to_images
 from runtimes.manifest import Manifest, Model, Stage
@@ -35,11 +35,15 @@ STRENGTH = 0.8
 
 @dataclass(frozen=True)
 class Request:
-    """What to draw. None takes the checkpoint's default. Image i of the whole request uses seed + i."""
+    """What to draw. None takes the checkpoint's default. Image i of the whole request uses seed + i.
 
-    prompts: Sequence[str]
+    A model takes prompts, or labels (its classes, by number or name), or neither.
+    """
+
+    prompts: Sequence[str] = ()
     negative_prompt: str = ""
-    images: int = 1  # for each prompt
+    labels: int | str | Sequence[int | str] = ()
+    images: int = 1  # for each prompt or label
     steps: int | None = None
     # Up to 1 the negative prompt is not used, and a step costs half. Several scales are spread over the steps.
     guidance: float | Sequence[float] | None = None
@@ -48,7 +52,8 @@ class Request:
     seed: int = 0
     sampler: str | None = None
     size: tuple[int, int] | None = None  # height and width in pixels, where the bundle is of dynamic shape
-    image: Image.Image | None = None  # start from this picture, made noisy by ``strength``
+    # Start from this picture, made noisy by ``strength``; a model that is shown one (superresolution) goes by it.
+    image: Image.Image | None = None
     strength: float | None = None  # 0 to 1: the part of the steps that is made of a picture; STRENGTH if None
     guidance_batch: Batching = "batched"  # with and without prompt in one call, or in two that need less memory
 
@@ -97,7 +102,7 @@ class Pipeline:
         pipeline.manifest = manifest
         return pipeline
 
-    def __call__(self, prompt: str | Sequence[str], *, progress: Progress = silent, **settings: Any) -> Result:
+    def __call__(self, prompt: str | Sequence[str] = (), *, progress: Progress = silent, **settings: Any) -> Result:
         """Draw; ``settings`` are the fields of ``Request``."""
         request = Request([prompt] if isinstance(prompt, str) else list(prompt), **settings)
         first = self.model.stages[0]
@@ -109,7 +114,7 @@ class Pipeline:
         warnings = []
         if request.negative_prompt and first.guidance.kind != "cfg":
             warnings.append("this model takes no negative prompt: it was left out")
-        if self.model.tokenizers:
+        if request.prompts:
             for name, prompts in (("prompt", request.prompts), ("negative prompt", [request.negative_prompt])):
                 _, cut = self.tokenize(prompts)
                 warnings += [
@@ -124,16 +129,16 @@ class Pipeline:
         ``noise``: draws of [B, C, h, w] standard normals, the start first; by default from the request's seeds.
         """
         request = self._checked(request)
-        tables = self._tables(request)
-        count = len(request.prompts) * request.images
+        begun, tables = self._begun(request), self._tables(request)
+        count = subject.count(request)
         shape = self.sample_shape(request)
         draw = noise or loop.noise_source([request.seed + index for index in range(count)], shape)
         start = draw()
         if start.shape != (count, *shape):
             raise DexportError(f"the start noise has shape {list(start.shape)}, not {[count, *shape]}")
-        if request.image is not None:
+        if begun is not None:
             signal, noisy = tables[0].mix
-            start = signal * self.encode(to_array(request.image, self._pixels(request))) + noisy * start
+            start = signal * self.encode(to_array(begun, self._pixels(request))) + noisy * start
             tables[0] = replace(tables[0], init_scale=1.0)
         done, total = 0, sum(len(table.rows) for table in tables)
         for stage, table in zip(self.model.stages, tables, strict=True):
@@ -141,12 +146,16 @@ class Pipeline:
                 yield replace(step, index=done + step.index, total=total)
             done, start = done + len(table.rows), step.sample
 
+    def _begun(self, request: Request) -> Image.Image | None:
+        """The picture that the loop starts from; a model that is shown the request's starts from noise."""
+        return None if subject.shown(self.model) else request.image
+
     def _tables(self, request: Request) -> list[samplers.Table]:
         """A table for each stage; the stages share the steps, and the scales of guidance run over all of them."""
         tables: list[samplers.Table] = []
         for stage in self.model.stages:
             steps = request.steps or stage.steps
-            config = samplers.pick(stage.scheduler, request.sampler, image=request.image is not None)
+            config = samplers.pick(stage.scheduler, request.sampler, image=self._begun(request) is not None)
             begin, (start, end) = self._first_step(request, steps), stage.span
             table = samplers.compile_table(config, steps, begin=begin, start=start, end=end)
             tables.append(replace(table, init_scale=1.0) if tables else table)  # what follows takes a sample as it is
@@ -194,16 +203,21 @@ class Pipeline:
     def sample_shape(self, request: Request) -> tuple[int, ...]:
         """The shape of one sample [C, h, w] that the request asks for."""
         stage = self.model.stages[0]
-        if request.size is None:
+        factor, fixed, size = stage.factor, self._fixed_size(stage), request.size
+        if size is None and fixed is None and request.image is not None and subject.shown(self.model):
+            height, width = subject.fitting(request.image, stage.multiple)
+            size = (height * factor, width * factor)
+        if size is None:
             return stage.sample
-        factor, fixed = stage.factor, self._fixed_size(stage)
-        if fixed and fixed != tuple(request.size):
+        if fixed and fixed != tuple(size):
             raise DexportError(
                 f"this bundle makes images of {fixed[0]}x{fixed[1]} pixels; build one with --dynamic-shape for others"
             )
-        if any(side <= 0 or side % factor for side in request.size):
-            raise DexportError(f"a size must be a multiple of {factor} pixels; {request.size} is not")
-        return (stage.sample[0], request.size[0] // factor, request.size[1] // factor)
+        if any(side <= 0 or side % (factor * stage.multiple) for side in size):
+            raise DexportError(f"a size must be a multiple of {factor * stage.multiple} pixels; {size} is not")
+        if max(size) > LONGEST_SIDE:
+            raise DexportError(f"a side of {max(size)} pixels is too long; it may have {LONGEST_SIDE}")
+        return (stage.sample[0], size[0] // factor, size[1] // factor)
 
     def _fixed_size(self, stage: Stage) -> tuple[int, int] | None:
         sample = next(t for t in self.model.graphs[stage.denoiser].inputs if t.name == "sample")
@@ -212,8 +226,7 @@ class Pipeline:
         return stage.sample[1] * stage.factor, stage.sample[2] * stage.factor
 
     def _checked(self, request: Request) -> Request:
-        if not request.prompts:
-            raise DexportError("no prompt given")
+        subject.check(self.model, request)
         if request.images < 1:
             raise DexportError(f"images must be 1 or more, not {request.images}")
         if request.steps is not None and request.steps < 1:
@@ -233,11 +246,8 @@ class Pipeline:
             raise DexportError(f"strength must be above 0 and at most 1, not {strength}")
         if request.strength is not None and request.image is None:
             raise DexportError("strength is how much of a picture may change; give --image too, or leave it out")
-        if len(request.prompts) * request.images > MOST_IMAGES:
-            count = f"{len(request.prompts)} x {request.images}"
+        if (count := subject.count(request)) > MOST_IMAGES:
             raise DexportError(f"{count} images are too many for one call; ask for {MOST_IMAGES} at most")
-        if request.size is not None and max(request.size) > LONGEST_SIDE:
-            raise DexportError(f"a side of {max(request.size)} pixels is too long; it may have {LONGEST_SIDE}")
         scales = guidance.numbers(self._scale(request))
         if self.model.stages[0].guidance.kind == "none" and (scales > 1).any():
             raise DexportError("this model was made to draw without guidance; leave it out")
@@ -254,7 +264,7 @@ class Pipeline:
 
     def _first_step(self, request: Request, steps: int) -> int:
         """The step that a picture starts at, as in diffusers: int(strength * steps) steps are made."""
-        if request.image is None:
+        if self._begun(request) is None:
             return 0
         strength = float(self._strength(request))
         made = min(int(steps * strength), steps)
@@ -275,7 +285,7 @@ class Pipeline:
         is_guided = stage.guidance.kind == "cfg" and any(row.guidance > 1 for row in table.rows)
         with_prompt = self._conditioning(stage, request)
         if is_guided:
-            without = self._negative_conditioning(stage, request)
+            without = self._conditioning(stage, request, without=True)
             both = {name: np.concatenate([without[name], with_prompt[name]]) for name in with_prompt}
         session = self._open(stage.denoiser)  # after the text graph, which may be closed by now
 
@@ -300,31 +310,34 @@ class Pipeline:
 
         return model
 
-    def _conditioning(self, stage: Stage, request: Request) -> dict[str, Array]:
-        """Conditioning for the denoiser, a row for each image: the prompts', and the stage's constant inputs."""
-        rows = self.encode_text(request.prompts, stage)
-        text = {name: np.repeat(value, request.images, axis=0) for name, value in rows.items()}
-        count = len(request.prompts) * request.images
-        return text | conditioning.constants(stage, self.model.graphs[stage.denoiser], self._pixels(request), count)
+    def _conditioning(self, stage: Stage, request: Request, *, without: bool = False) -> dict[str, Array]:
+        """The denoiser's inputs beside sample and timestep, a row for each picture.
 
-    def _negative_conditioning(self, stage: Stage, request: Request) -> dict[str, Array]:
-        """The same with the negative prompt, or with what stands for an empty one."""
-        count = len(request.prompts) * request.images
-        if stage.text is not None and stage.guidance.empty == "zeros" and not request.negative_prompt:
+        without: of the negative prompt, or of no class, in place of what the request asks for.
+        """
+        graph, (_, height, width) = self.model.graphs[stage.denoiser], self.sample_shape(request)
+        return {
+            **self._encoded(stage, request, without),
+            **conditioning.constants(stage, graph, self._pixels(request), subject.count(request), negative=without),
+            **subject.conditioning(stage, graph, request, (height, width), without=without),
+        }
+
+    def _encoded(self, stage: Stage, request: Request, without: bool) -> dict[str, Array]:
+        """What the stage's text graph makes of the prompts, or of the negative prompt, a row for each picture."""
+        count = subject.count(request)
+        if stage.text is not None and without and stage.guidance.empty == "zeros" and not request.negative_prompt:
             outputs = self.model.graphs[stage.text].outputs
-            text: dict[str, Array] = {t.name: np.zeros((count, *map(int, t.shape[1:])), t.dtype) for t in outputs}
-        else:
-            rows = self.encode_text([request.negative_prompt], stage)
-            text = {name: np.repeat(value, count, axis=0) for name, value in rows.items()}
-        graph = self.model.graphs[stage.denoiser]
-        return text | conditioning.constants(stage, graph, self._pixels(request), count, negative=True)
+            return {t.name: np.zeros((count, *map(int, t.shape[1:])), t.dtype) for t in outputs}
+        prompts = [request.negative_prompt] if without else request.prompts
+        rows = self.encode_text(prompts, stage)
+        return {name: np.repeat(value, count // len(prompts), axis=0) for name, value in rows.items()}
 
     def _settings(self, request: Request, index: int) -> dict[str, Any]:
         """What makes picture ``index`` again, for its metadata."""
         stage = self.model.stages[0]
         settings: dict[str, Any] = {
-            "prompt": request.prompts[index // request.images],
-            "negative_prompt": request.negative_prompt,
+            **subject.settings(self.model, request, index),
+            **({"negative_prompt": request.negative_prompt} if request.prompts else {}),
             "seed": request.seed + index,
             "steps": request.steps or stage.steps,
             "guidance": _plain(self._scale(request)),
@@ -333,7 +346,7 @@ class Pipeline:
         for name, default in (("guidance_interval", [0.0, 1.0]), ("guidance_rescale", 0.0)):
             if (value := _plain(getattr(request, name))) != default:
                 settings[name] = value
-        if request.image is not None:
+        if self._begun(request) is not None:
             settings["strength"] = _plain(self._strength(request))
         if self.manifest is not None:
             settings |= {"target": self.manifest.target, "precision": self.manifest.precision}

@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     from exporter.checkpoint import Checkpoint
 
 PIPELINES = {
+    "ConsistencyModelPipeline": "pixel",
+    "DDIMPipeline": "pixel",
+    "DDPMPipeline": "pixel",
+    "DiTPipeline": "dit",
+    "LDMPipeline": "latent_diffusion",
+    "LDMSuperResolutionPipeline": "latent_diffusion",
     "LatentConsistencyModelPipeline": "stable_diffusion",
+    "PNDMPipeline": "pixel",
     "StableDiffusionPipeline": "stable_diffusion",
     "StableDiffusionXLImg2ImgPipeline": "stable_diffusion_xl",
     "StableDiffusionXLPipeline": "stable_diffusion_xl",

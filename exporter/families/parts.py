@@ -22,6 +22,7 @@ Config = Mapping[str, Any]
 SIDE = 65536  # the largest picture, latent, width or length that a config may ask for
 BLOCKS = 10  # of a UNet or an autoencoder; the largest of them have 7
 LARGEST = 1e6  # magnitude of what latents are scaled and shifted by
+LEARNED = ("learned", "learned_range")  # variance_type of schedulers that take it from the model
 # Names of attention in autoencoders and unconditional UNets before diffusers 0.14, and those of today.
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
