@@ -61,6 +61,16 @@ def tiny_sd_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_stable_diffusion(tmp_path_factory.mktemp("checkpoints") / "tiny-sd-v", "v_prediction", "bfloat16")
 
 
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Stable Diffusion XL checkpoint in fp32."""
+    from tests.families.small import sdxl
+
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny-sdxl"
+    sdxl(folder)
+    return folder
+
+
 @pytest.fixture
 def copy_checkpoint(tiny_sd: Path, tmp_path: Path) -> Callable[[], Path]:
     """Makes a copy of ``tiny_sd`` that a test may damage."""

@@ -20,6 +20,7 @@ from PIL import Image
 
 from exporter.build import build
 from exporter.ensemble import HANDOVER
+from runtimes import subject
 from runtimes.pipeline import Pipeline, Request
 
 Array = NDArray[Any]
@@ -51,11 +52,6 @@ class Made:
     pictures: Array
 
 
-def save(folder: Path, kind: Any, **components: Any) -> None:
-    """Save a pipeline of diffusers' class ``kind``, its weights as random as they are."""
-    kind(**components).save_pretrained(folder)
-
-
 def make(family: Family, folder: Path) -> Made:
     """Build the family's bundles for ONNX Runtime and OpenVINO, and draw with diffusers."""
     family.make(folder / "checkpoint")
@@ -71,17 +67,28 @@ def make(family: Family, folder: Path) -> Made:
     return Made(family, folder / "checkpoint", hub, bundles, latents, pictures)
 
 
-def draw_ours(made: Made, bundle: Path) -> tuple[Array, Array]:
+def draw(pipeline: Pipeline, request: Request) -> tuple[Array, Array]:
     """The last latents and the pictures of a bundle."""
-    pipeline = Pipeline.load(bundle)
-    request = Request(**made.family.asked)
-    noise = draws((len(request.prompts) * request.images, *pipeline.sample_shape(request)))
+    noise = draws((subject.count(request), *pipeline.sample_shape(request)))
     *_, last = pipeline.generate(request, noise)
     return last.sample, pipeline.decode(last.sample)
 
 
+def ours(pipeline: Pipeline, request: Request) -> Array:
+    """The pictures [B, 3, H, W] of a bundle."""
+    return draw(pipeline, request)[1]
+
+
+def theirs(folder: Path, **settings: Any) -> Array:
+    """The pictures [B, 3, H, W] of diffusers' own pipeline, in fp32, with the same noise."""
+    pipe = _open(folder)
+    with same_noise():
+        pictures = pipe(output_type="np", **settings).images
+    return np.asarray(pictures).transpose(0, 3, 1, 2)
+
+
 def draw_theirs(family: Family, folder: Path, refiner: Path | None = None) -> tuple[Array, Array]:
-    """The same by diffusers' own pipelines, in fp32, with the same noise."""
+    """The last latents and the pictures of diffusers' own pipelines, in fp32, with the same noise as ``draw``."""
     pipe = _open(folder)
     asked, kept = dict(family.asked), []
     words = {

@@ -1,26 +1,19 @@
-"""Tiny checkpoints without text, of diffusers' own classes with random weights, and diffusers' pipelines as oracles.
-
-Every noise that a pipeline of diffusers or ours draws comes from one seeded list, so that both draw the same pictures.
-"""
+"""Tiny checkpoints of diffusers' own classes with random weights: one writer each."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import diffusers
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from transformers import CLIPTokenizer
 
-from runtimes.pipeline import Pipeline, Request
+from tests.tiny import clip, conditional_unet, kl_autoencoder, write_clip_vocabulary
 
-Array = NDArray[Any]
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 NAMES = {"0": "tench, Tinca tinca", "7": "cock", "134": "crane", "207": "golden retriever", "517": "crane"}
 
 
@@ -101,39 +94,81 @@ def write_dit(folder: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(index | {"id2label": NAMES}))
 
 
+def save(folder: Path, kind: Any, **components: Any) -> None:
+    """Save a pipeline of diffusers' class ``kind``, its weights as random as they are."""
+    kind(**components).save_pretrained(folder)
+
+
+def tokenizer(folder: Path, name: str, pad: str = "<|endoftext|>") -> Any:
+    """A CLIP tokenizer of few words."""
+    place = folder.with_name(f"{folder.name}-{name}")
+    write_clip_vocabulary(place, pad)
+    return CLIPTokenizer.from_pretrained(place)
+
+
+def stable_diffusion(folder: Path, kind: Any, scheduler: Any, unet: dict[str, Any], **text: Any) -> None:
+    torch.manual_seed(1)
+    words = tokenizer(folder, "words", "!")
+    save(
+        folder, kind, vae=kl_autoencoder(2), text_encoder=clip(len(words), **text), tokenizer=words,
+        unet=conditional_unet(**unet), scheduler=scheduler, safety_checker=None, feature_extractor=None,
+    )  # fmt: skip
+
+
+def sd_2(folder: Path) -> None:
+    """As 2.1: OpenCLIP's text encoder, linear projections, heads by block, v-prediction down to no signal at all."""
+    scheduler = diffusers.DDIMScheduler(
+        **SCHEDULE, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False,
+        rescale_betas_zero_snr=True, timestep_spacing="trailing",
+    )  # fmt: skip
+    unet = {"use_linear_projection": True, "attention_head_dim": (2, 4), "upcast_attention": True}
+    stable_diffusion(
+        folder, diffusers.StableDiffusionPipeline, scheduler, unet, hidden_act="gelu", num_hidden_layers=3,
+        projection_dim=24,
+    )  # fmt: skip
+
+
+def latent_consistency(folder: Path) -> None:
+    scheduler = diffusers.LCMScheduler(**{**SCHEDULE, "steps_offset": 0})
+    stable_diffusion(folder, diffusers.LatentConsistencyModelPipeline, scheduler, {"time_cond_proj_dim": 31})
+
+
+def stable_diffusion_xl(folder: Path, kind: Any, scheduler: Any, *, refiner: bool = False, **options: Any) -> None:
+    """Two tokenizers that fill up with other ids, text encoders of two widths, and latents with a mean each."""
+    torch.manual_seed(2)
+    words, words_2 = tokenizer(folder, "words"), tokenizer(folder, "words-2", "!")
+    wide = clip(len(words_2), projected=True, hidden_size=48, projection_dim=24, hidden_act="gelu")
+    unet = conditional_unet(
+        addition_embed_type="text_time", addition_time_embed_dim=8, cross_attention_dim=48 if refiner else 32 + 48,
+        projection_class_embeddings_input_dim=24 + 8 * (5 if refiner else 6), use_linear_projection=True,
+        transformer_layers_per_block=(1, 2),
+    )  # fmt: skip
+    vae = kl_autoencoder(
+        2, scaling_factor=0.13025, latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.8, 2.0, 1.0]
+    )
+    save(
+        folder, kind, vae=vae, text_encoder=None if refiner else clip(len(words)), text_encoder_2=wide,
+        tokenizer=None if refiner else words, tokenizer_2=words_2, unet=unet, scheduler=scheduler, **options,
+    )  # fmt: skip
+
+
+def sdxl(folder: Path) -> None:
+    stable_diffusion_xl(folder, diffusers.StableDiffusionXLPipeline, diffusers.EulerDiscreteScheduler(**SCHEDULE))
+
+
+def sdxl_turbo(folder: Path) -> None:
+    scheduler = diffusers.EulerAncestralDiscreteScheduler(**{**SCHEDULE, "timestep_spacing": "trailing"})
+    stable_diffusion_xl(folder, diffusers.StableDiffusionXLPipeline, scheduler)
+
+
+def refiner(folder: Path) -> None:
+    stable_diffusion_xl(
+        folder, diffusers.StableDiffusionXLImg2ImgPipeline, diffusers.EulerDiscreteScheduler(**SCHEDULE), refiner=True,
+        requires_aesthetics_score=True, force_zeros_for_empty_prompt=False,
+    )  # fmt: skip
+
+
 WRITERS: dict[str, Callable[[Path], None]] = {
     "ddpm": write_ddpm, "learned": write_learned, "grey": write_grey, "consistency": write_consistency,
     "ldm": write_ldm, "superresolution": write_superresolution, "dit": write_dit,
 }  # fmt: skip
-
-
-def noises(count: int, shape: tuple[int, ...]) -> Callable[[], Array]:
-    """Draws of seeded noise [count, *shape], float64 with the digits of float32."""
-    random = np.random.default_rng(5)
-    return lambda: random.standard_normal((count, *shape)).astype(np.float32).astype(np.float64)
-
-
-@contextlib.contextmanager
-def drawing(pipe: Any, draw: Callable[[], Array]) -> Iterator[None]:
-    """Let a pipeline of diffusers and its scheduler take their noise from ``draw``."""
-    with contextlib.ExitStack() as stack:
-        for part in (pipe, pipe.scheduler):
-            module = sys.modules[type(part).__module__]
-            given = lambda shape, **_: torch.from_numpy(draw()).float().reshape(tuple(shape))  # noqa: E731
-            stack.enter_context(mock.patch.object(module, "randn_tensor", given, create=True))
-        yield
-
-
-def theirs(folder: Path, draw: Callable[[], Array], **settings: Any) -> Array:
-    """The pictures [B, 3, H, W] of diffusers' own pipeline."""
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    with drawing(pipe, draw):
-        pictures = pipe(output_type="np", **settings).images
-    return np.asarray(pictures).transpose(0, 3, 1, 2)
-
-
-def ours(pipeline: Pipeline, request: Request, draw: Callable[[], Array]) -> Array:
-    """The pictures [B, 3, H, W] of a bundle."""
-    *_, last = pipeline.generate(request, draw)
-    return pipeline.decode(last.sample)

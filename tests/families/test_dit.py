@@ -21,7 +21,8 @@ from runtimes.manifest import Labels
 from runtimes.pipeline import Request
 from tests.dexport.conftest import Say
 from tests.families.conftest import Built
-from tests.families.small import NAMES, noises, ours, theirs
+from tests.families.harness import ours, theirs
+from tests.families.small import NAMES
 
 Make = Callable[[str], Built]
 LEAST_DB = 80
@@ -31,20 +32,20 @@ TARGETS = ("onnxruntime", "openvino")
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("guidance", "batching"), [(4.0, "batched"), (1.0, "batched"), (2.5, "sequential")])
 def test_pictures_are_diffusers_own(built: Make, target: str, guidance: float, batching: Any) -> None:
-    made, shape = built("dit"), (4, 8, 8)
+    made = built("dit")
     asked = {"class_labels": [207, 7], "guidance_scale": guidance}
-    expected = theirs(made.checkpoint, noises(2, shape), num_inference_steps=4, **asked)
+    expected = theirs(made.checkpoint, num_inference_steps=4, **asked)
     request = Request(labels=["golden retriever", 7], guidance=guidance, steps=4, guidance_batch=batching)
-    pictures = ours(made.pipeline(target), request, noises(2, shape))
+    pictures = ours(made.pipeline(target), request)
     assert pictures.shape == (2, 3, 16, 16) and np.std(expected) > 0.05
     assert psnr(expected, pictures) > LEAST_DB
 
 
 def test_a_class_and_its_guidance_change_the_picture(built: Make) -> None:
     """Or the comparison above would prove little."""
-    pipeline, shape = built("dit").pipeline("onnxruntime"), (4, 8, 8)
+    pipeline = built("dit").pipeline("onnxruntime")
     one, other, more = (
-        ours(pipeline, Request(labels=label, guidance=scale, steps=4), noises(1, shape))
+        ours(pipeline, Request(labels=label, guidance=scale, steps=4))
         for label, scale in ((207, 4.0), (7, 4.0), (207, 1.0))
     )
     assert psnr(one, other) < 40 and psnr(one, more) < 40

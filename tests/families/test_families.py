@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
-import torch
-from transformers import CLIPTokenizer
 
 from exporter import compile as compilers
 from exporter import hub
@@ -17,84 +13,15 @@ from exporter.inspect import inspect
 from runtimes.accuracy import psnr
 from runtimes.bench import bench
 from runtimes.bundle import verify
+from runtimes.pipeline import Pipeline, Request
 from runtimes.session import backend
 from runtimes.target import Target
-from tests.families.harness import Family, Made, draw_ours, make, picture, save
-from tests.tiny import clip, conditional_unet, kl_autoencoder, write_clip_vocabulary
+from tests.families.harness import Family, Made, draw, make, picture
+from tests.families.small import latent_consistency, refiner, sd_2, sdxl, sdxl_turbo
 
 LATENTS = 1e-3  # largest difference; both sides round what goes into each call of the model to float32
 PICTURES = 45.0  # dB
-SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 PROMPTS = ("red apple", "a")
-
-
-def tokenizer(folder: Path, name: str, pad: str = "<|endoftext|>") -> Any:
-    """A CLIP tokenizer of few words."""
-    place = folder.with_name(f"{folder.name}-{name}")
-    write_clip_vocabulary(place, pad)
-    return CLIPTokenizer.from_pretrained(place)
-
-
-def stable_diffusion(folder: Path, kind: Any, scheduler: Any, unet: dict[str, Any], **text: Any) -> None:
-    torch.manual_seed(1)
-    words = tokenizer(folder, "words", "!")
-    save(
-        folder, kind, vae=kl_autoencoder(2), text_encoder=clip(len(words), **text), tokenizer=words,
-        unet=conditional_unet(**unet), scheduler=scheduler, safety_checker=None, feature_extractor=None,
-    )  # fmt: skip
-
-
-def sd_2(folder: Path) -> None:
-    """As 2.1: OpenCLIP's text encoder, linear projections, heads by block, v-prediction down to no signal at all."""
-    scheduler = diffusers.DDIMScheduler(
-        **SCHEDULE, prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False,
-        rescale_betas_zero_snr=True, timestep_spacing="trailing",
-    )  # fmt: skip
-    unet = {"use_linear_projection": True, "attention_head_dim": (2, 4), "upcast_attention": True}
-    stable_diffusion(
-        folder, diffusers.StableDiffusionPipeline, scheduler, unet, hidden_act="gelu", num_hidden_layers=3,
-        projection_dim=24,
-    )  # fmt: skip
-
-
-def latent_consistency(folder: Path) -> None:
-    scheduler = diffusers.LCMScheduler(**{**SCHEDULE, "steps_offset": 0})
-    stable_diffusion(folder, diffusers.LatentConsistencyModelPipeline, scheduler, {"time_cond_proj_dim": 31})
-
-
-def stable_diffusion_xl(folder: Path, kind: Any, scheduler: Any, *, refiner: bool = False, **options: Any) -> None:
-    """Two tokenizers that fill up with other ids, text encoders of two widths, and latents with a mean each."""
-    torch.manual_seed(2)
-    words, words_2 = tokenizer(folder, "words"), tokenizer(folder, "words-2", "!")
-    wide = clip(len(words_2), projected=True, hidden_size=48, projection_dim=24, hidden_act="gelu")
-    unet = conditional_unet(
-        addition_embed_type="text_time", addition_time_embed_dim=8, cross_attention_dim=48 if refiner else 32 + 48,
-        projection_class_embeddings_input_dim=24 + 8 * (5 if refiner else 6), use_linear_projection=True,
-        transformer_layers_per_block=(1, 2),
-    )  # fmt: skip
-    vae = kl_autoencoder(
-        2, scaling_factor=0.13025, latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.8, 2.0, 1.0]
-    )
-    save(
-        folder, kind, vae=vae, text_encoder=None if refiner else clip(len(words)), text_encoder_2=wide,
-        tokenizer=None if refiner else words, tokenizer_2=words_2, unet=unet, scheduler=scheduler, **options,
-    )  # fmt: skip
-
-
-def sdxl(folder: Path) -> None:
-    stable_diffusion_xl(folder, diffusers.StableDiffusionXLPipeline, diffusers.EulerDiscreteScheduler(**SCHEDULE))
-
-
-def sdxl_turbo(folder: Path) -> None:
-    scheduler = diffusers.EulerAncestralDiscreteScheduler(**{**SCHEDULE, "timestep_spacing": "trailing"})
-    stable_diffusion_xl(folder, diffusers.StableDiffusionXLPipeline, scheduler)
-
-
-def refiner(folder: Path) -> None:
-    stable_diffusion_xl(
-        folder, diffusers.StableDiffusionXLImg2ImgPipeline, diffusers.EulerDiscreteScheduler(**SCHEDULE), refiner=True,
-        requires_aesthetics_score=True, force_zeros_for_empty_prompt=False,
-    )  # fmt: skip
 
 
 FAMILIES = [
@@ -113,7 +40,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
 def test_bundle_draws_what_diffusers_draws(made: Made, name: str) -> None:
-    latents, pictures = draw_ours(made, made.bundles[name])
+    latents, pictures = draw(Pipeline.load(made.bundles[name]), Request(**made.family.asked))
     assert np.abs(latents - made.latents).max() <= LATENTS
     assert psnr(made.pictures, pictures) >= PICTURES
     assert np.std(made.pictures) > 0.01 and np.std(latents[0] - latents[-1]) > 0.01  # else anything would agree

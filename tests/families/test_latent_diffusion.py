@@ -24,7 +24,8 @@ from runtimes.session import backend
 from runtimes.target import Target
 from tests.dexport.conftest import Say
 from tests.families.conftest import Built
-from tests.families.small import noises, ours, theirs, vq
+from tests.families.harness import ours, theirs
+from tests.families.small import vq
 
 Make = Callable[[str], Built]
 LEAST_DB = 80  # fp32 gives 100 and more where no latent falls to another vector of the codebook; none does here
@@ -40,8 +41,8 @@ def low(height: int = 32, width: int = 32) -> Image.Image:
 @pytest.mark.parametrize("target", TARGETS)
 def test_pictures_are_diffusers_own(built: Make, target: str) -> None:
     made = built("ldm")
-    expected = theirs(made.checkpoint, noises(2, (3, 16, 16)), num_inference_steps=4, batch_size=2)
-    pictures = ours(made.pipeline(target), Request(images=2, steps=4), noises(2, (3, 16, 16)))
+    expected = theirs(made.checkpoint, num_inference_steps=4, batch_size=2)
+    pictures = ours(made.pipeline(target), Request(images=2, steps=4))
     assert pictures.shape == (2, 3, 64, 64) and np.std(expected) > 0.05
     assert psnr(expected, pictures) > LEAST_DB
 
@@ -49,11 +50,11 @@ def test_pictures_are_diffusers_own(built: Make, target: str) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_larger_pictures_are_diffusers_own(built: Make, target: str) -> None:
     made = built("superresolution")
-    expected = theirs(made.checkpoint, noises(1, (3, 32, 32)), image=low(), num_inference_steps=4)
-    picture = ours(made.pipeline(target), Request(image=low(), steps=4), noises(1, (3, 32, 32)))
+    expected = theirs(made.checkpoint, image=low(), num_inference_steps=4)
+    picture = ours(made.pipeline(target), Request(image=low(), steps=4))
     assert picture.shape == (1, 3, 128, 128) and np.std(expected) > 0.05
     assert psnr(expected, picture) > LEAST_DB
-    other = ours(made.pipeline(target), Request(image=Image.new("RGB", (32, 32)), steps=4), noises(1, (3, 32, 32)))
+    other = ours(made.pipeline(target), Request(image=Image.new("RGB", (32, 32)), steps=4))
     assert psnr(expected, other) < 40  # it goes by what it is shown
 
 
@@ -97,8 +98,8 @@ def test_a_free_size_is_that_of_the_picture(built: Make, tmp_path: Path) -> None
 
     pipeline = Pipeline(model, tmp_path, load)
     picture = low(32, 64)
-    expected = theirs(made.checkpoint, noises(1, (3, 32, 64)), image=picture, num_inference_steps=2)
-    got = ours(pipeline, Request(image=picture, steps=2), noises(1, (3, 32, 64)))
+    expected = theirs(made.checkpoint, image=picture, num_inference_steps=2)
+    got = ours(pipeline, Request(image=picture, steps=2))
     assert got.shape == (1, 3, 128, 256) and psnr(expected, got) > LEAST_DB
     assert pipeline.sample_shape(Request(image=low(33, 65))) == (3, 32, 64)
     with pytest.raises(DexportError, match="multiple of 8 pixels"):

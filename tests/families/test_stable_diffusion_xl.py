@@ -14,7 +14,7 @@ from exporter import checkpoint, ensemble
 from exporter.families import Shape
 from exporter.inspect import inspect
 from runtimes.errors import DexportError
-from tests.families.test_families import refiner, sdxl
+from tests.families.small import refiner, sdxl
 
 SHAPE = Shape(32, 32, free=False)
 Copy = Callable[..., Path]
