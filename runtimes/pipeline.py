@@ -209,14 +209,14 @@ class Pipeline:
             size = (height * factor, width * factor)
         if size is None:
             return stage.sample
+        if max(size) > LONGEST_SIDE:
+            raise DexportError(f"a side of {max(size)} pixels is too long; it may have {LONGEST_SIDE}")
         if fixed and fixed != tuple(size):
             raise DexportError(
                 f"this bundle makes images of {fixed[0]}x{fixed[1]} pixels; build one with --dynamic-shape for others"
             )
         if any(side <= 0 or side % (factor * stage.multiple) for side in size):
             raise DexportError(f"a size must be a multiple of {factor * stage.multiple} pixels; {size} is not")
-        if max(size) > LONGEST_SIDE:
-            raise DexportError(f"a side of {max(size)} pixels is too long; it may have {LONGEST_SIDE}")
         return (stage.sample[0], size[0] // factor, size[1] // factor)
 
     def _fixed_size(self, stage: Stage) -> tuple[int, int] | None:
