@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
+from calibration import islands
 from dexport.console import open_image
 from exporter import hub
 from exporter.compile import compile_graph
@@ -164,6 +165,23 @@ def test_int8_is_calibrated_on_classes_or_seeds(say: Say, built: Make, tmp_path:
     for name, line in (("grey", "takes no prompts"), ("consistency", "no class 'horse'")):
         said = say("calibrate", built(name).hub, "--prompts", tmp_path / "prompts.txt", "-o", tmp_path / "other")
         assert said.code == 2 and line in said.err
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("grey", ("picture 1", "picture 2", "picture 3", "picture 4")),
+        ("consistency", ("0", "3", "6", "9")),
+        ("superresolution", ("picture 1", "picture 2", "picture 3", "picture 4")),
+    ],
+)
+def test_overflows_of_fp16_are_looked_for_without_prompts(built: Make, name: str, shown: tuple[str, ...]) -> None:
+    """Each graph is watched; none of these small models comes near fp16's end."""
+    made = built(name)
+    model = hub.load(made.hub)
+    found = islands.find(model, made.hub)
+    assert found.prompts == shown and set(found.graphs) == set(model.graphs)
+    assert all(0 < kept.peak < 65504 and not kept.nodes for kept in found.graphs.values())
 
 
 @pytest.mark.parametrize(
