@@ -86,9 +86,8 @@ def build(
         bundle.check_free(keep_hub, overwrite, inputs)
     read = ensemble.read(checkpoint, refiner, config=config, loras=loras, clip_skip=clip_skip)
     source = ensemble.with_sampler(read, sampler)
-    _check_use(
-        ensemble.stages(source, Shape(*source.family.default_shape(source), free=False)), pairs, settings
-    )  # likewise
+    size = Shape(*(shape or source.family.default_shape(source)), free=dynamic_shape)
+    _check_use(ensemble.stages(source, size), pairs, settings)  # likewise
     with tempfile.TemporaryDirectory(prefix=".dexport-", dir=_existing(output)) as work:
         hub_folder = keep_hub or Path(work) / "hub"
         share = _shares(progress, 1 + len(pairs))
