@@ -390,9 +390,10 @@ def compile_(
     "--image", "image_file", type=FOLDER,
     help="Start from this picture instead of noise; what a model for superresolution makes larger.",
 )  # fmt: skip
+@click.option("--mask", "mask_file", type=FOLDER, help="Paint into --image only where this picture is white.")
 @click.option(
     "--strength", type=click.FloatRange(0, 1, min_open=True),
-    help="How much of the picture of --image may change. [default: 0.8]",
+    help="How much of the picture of --image may change. [default: 0.8, or 1 with --mask]",
 )  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Image i has SEED + i.")
 @click.option(
@@ -416,6 +417,7 @@ def run(
     prompts: tuple[str, ...],
     prompt_file: Any,
     image_file: Path | None,
+    mask_file: Path | None,
     threads: int | None,
     cache: Path | None,
     output: Path,
@@ -441,6 +443,7 @@ def run(
     files = console.image_files(output, count * settings["images"])
     console.check_places(files)
     settings["image"] = console.open_image(image_file) if image_file else None
+    settings["mask"] = console.open_image(mask_file) if mask_file else None
     with console.working() as progress:
         pipeline = dexport.load(bundle, threads=threads, cache=cache)
         result = pipeline(every, progress=progress, **settings)

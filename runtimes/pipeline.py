@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from runtimes import bundle, conditioning, guidance, loop, samplers, subject
+from runtimes import bundle, conditioning, guidance, inpaint, loop, samplers, subject
 from runtimes.errors import DexportError, Progress, silent
 from runtimes.image import to_array, to_images
 from runtimes.manifest import Manifest, Model, Stage
@@ -54,7 +54,9 @@ class Request:
     size: tuple[int, int] | None = None  # height and width in pixels, where the bundle is of dynamic shape
     # Start from this picture, made noisy by ``strength``; a model that is shown one (superresolution) goes by it.
     image: Image.Image | None = None
-    strength: float | None = None  # 0 to 1: the part of the steps that is made of a picture; STRENGTH if None
+    mask: Image.Image | None = None  # paint only where it is white, and leave the rest of the picture as it is
+    # 0 to 1: the part of the steps that is made of a picture; if None, STRENGTH, or all of them with a mask
+    strength: float | None = None
     guidance_batch: Batching = "batched"  # with and without prompt in one call, or in two that need less memory
 
 
@@ -129,20 +131,27 @@ class Pipeline:
         ``noise``: draws of [B, C, h, w] standard normals, the start first; by default from the request's seeds.
         """
         request = self._checked(request)
-        begun, tables = self._begun(request), self._tables(request)
+        begun, runs = self._begun(request), self._runs(request)
         count = subject.count(request)
         shape = self.sample_shape(request)
         draw = noise or loop.noise_source([request.seed + index for index in range(count)], shape)
         start = draw()
         if start.shape != (count, *shape):
             raise DexportError(f"the start noise has shape {list(start.shape)}, not {[count, *shape]}")
+        known = None
         if begun is not None:
-            signal, noisy = tables[0].mix
-            start = signal * self.encode(to_array(begun, self._pixels(request))) + noisy * start
-            tables[0] = replace(tables[0], init_scale=1.0)
-        done, total = 0, sum(len(table.rows) for table in tables)
-        for stage, table in zip(self.model.stages, tables, strict=True):
-            for step in loop.sample(table, start, self._denoiser(stage, request, table), draw):
+            (stage, table), *others = runs
+            signal, noisy = table.mix
+            image = self.encode(to_array(begun, self._pixels(request)))
+            if request.mask is not None:
+                mask = inpaint.kept(request.mask, self._pixels(request), self.model.stages[0].factor)
+                known = (np.broadcast_to(image, start.shape), mask, start)
+            if request.mask is None or self._strength(request) < 1:  # else of the picture only the known part is left
+                start = signal * image + noisy * start
+                runs = [(stage, replace(table, init_scale=1.0)), *others]
+        done, total = 0, sum(len(table.rows) for _, table in runs)
+        for stage, table in runs:
+            for step in loop.sample(table, start, self._denoiser(stage, request, table), draw, known):
                 yield replace(step, index=done + step.index, total=total)
             done, start = done + len(table.rows), step.sample
 
@@ -150,19 +159,31 @@ class Pipeline:
         """The picture that the loop starts from; a model that is shown the request's starts from noise."""
         return None if subject.shown(self.model) else request.image
 
-    def _tables(self, request: Request) -> list[samplers.Table]:
-        """A table for each stage; the stages share the steps, and the scales of guidance run over all of them."""
+    def _runs(self, request: Request) -> list[tuple[Stage, samplers.Table]]:
+        """The stages with their tables; they share the steps, and the scales of guidance run over all of them.
+
+        A stage that ends before the step which a picture starts at has nothing to do, and is left out.
+        """
+        stages: list[Stage] = []
         tables: list[samplers.Table] = []
         for stage in self.model.stages:
             steps = request.steps or stage.steps
             config = samplers.pick(stage.scheduler, request.sampler, image=self._begun(request) is not None)
             begin, (start, end) = self._first_step(request, steps), stage.span
+            if begin >= end * steps:
+                continue
+            stages.append(stage)
             table = samplers.compile_table(config, steps, begin=begin, start=start, end=end)
             tables.append(replace(table, init_scale=1.0) if tables else table)  # what follows takes a sample as it is
         rows = tuple(row for table in tables for row in table.rows)
+        if request.mask is not None:
+            rows = inpaint.keep(rows)
         planned = guidance.plan(samplers.Table(rows, 1.0), self._scale(request), request.guidance_interval)
         guided = iter(planned.rows)
-        return [replace(table, rows=tuple(islice(guided, len(table.rows)))) for table in tables]
+        return [
+            (stage, replace(table, rows=tuple(islice(guided, len(table.rows)))))
+            for stage, table in zip(stages, tables, strict=True)
+        ]
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[dict[str, Array], list[str]]:
         """Return the text graph's inputs, and for each prompt the words that did not fit."""
@@ -240,6 +261,10 @@ class Pipeline:
                 raise DexportError(f"{name} must be a number, not {value!r:.80}")
         if request.image is not None and not isinstance(request.image, Image.Image):
             raise DexportError(f"image must be a picture (PIL.Image.open gives one), not {request.image!r:.80}")
+        if request.mask is not None and not isinstance(request.mask, Image.Image):
+            raise DexportError(f"mask must be a picture (PIL.Image.open gives one), not {request.mask!r:.80}")
+        if request.mask is not None and request.image is None:
+            raise DexportError("a mask says where a picture may change; give --image too, or leave it out")
         if not 0 <= rescale <= 1:
             raise DexportError(f"guidance_rescale must be a number from 0 to 1, not {rescale}")
         if not 0 < strength <= 1:
@@ -259,8 +284,10 @@ class Pipeline:
         return self.model.stages[0].guidance.scale if request.guidance is None else request.guidance
 
     def _strength(self, request: Request) -> float:
+        if request.strength is not None:
+            return request.strength
         own = self.model.stages[0].strength
-        return (STRENGTH if own is None else own) if request.strength is None else request.strength
+        return 1.0 if request.mask is not None else STRENGTH if own is None else own
 
     def _first_step(self, request: Request, steps: int) -> int:
         """The step that a picture starts at, as in diffusers: int(strength * steps) steps are made."""

@@ -31,8 +31,8 @@ def check(model: Model, request: Request) -> None:
     numbers(stage.labels, request.labels)
     if shown(model) and request.image is None:
         raise DexportError("this model draws what it is shown: give a picture with --image")
-    if shown(model) and request.strength is not None:
-        raise DexportError("this model is shown the picture and does not start from it: leave strength out")
+    if shown(model) and (request.strength is not None or request.mask is not None):
+        raise DexportError("this model is shown the picture and does not start from it: leave strength and mask out")
 
 
 def count(request: Request) -> int:

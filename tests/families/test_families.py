@@ -19,6 +19,9 @@ from runtimes.target import Target
 from tests.families.harness import Family, Made, draw, make, picture
 from tests.families.small import latent_consistency, refiner, sd_2, sdxl, sdxl_turbo
 
+# torch's arrays and numpy's newest differ on this inside of diffusers.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+
 LATENTS = 1e-3  # largest difference; both sides round what goes into each call of the model to float32
 PICTURES = 45.0  # dB
 PROMPTS = ("red apple", "a")

@@ -117,7 +117,7 @@ def test_make_a_picture_larger(say: Say, built: Make, tmp_path: Path) -> None:
     assert settings["size"] == [128, 128] and not {"prompt", "strength"} & set(settings)
     for words, line in (
         ((), "give a picture with --image"),
-        (("--image", tmp_path / "low.png", "--strength", 0.5), "leave strength out"),
+        (("--image", tmp_path / "low.png", "--strength", 0.5), "leave strength and mask out"),
     ):
         said = say("run", bundle, *words, "-o", tmp_path / "y.png")
         assert said.code == 2 and line in said.err and said.err.count("\n") == 1

@@ -161,6 +161,19 @@ def test_strength_is_the_stages_own(tmp_path: Path) -> None:
     assert last(made, image=picture, strength=0.5).total == 5
 
 
+def test_a_picture_may_start_in_the_second_stage(tmp_path: Path) -> None:
+    described = two(model(encoder="encoder"), model("tokens_2"), 0.8)
+    image = Tensor("image", "float32", ("batch", 3, 32, 32))
+    described.graphs["encoder"] = Graph("encoder", "encoder/e", (image,), (SAMPLE,))  # type: ignore[index]
+    made, sessions = pipeline(described, tmp_path)
+    sessions["encoder"].run = lambda inputs: {"sample": np.zeros((1, 4, 8, 8), np.float32)}
+    for strength, calls in ((0.2, (0, 2)), (0.3, (1, 2)), (0.1, (0, 1))):
+        for name in ("denoiser", "second_denoiser"):
+            sessions[name].calls.clear()
+        assert last(made, image=Image.new("RGB", (32, 32)), strength=strength).total == sum(calls)
+        assert tuple(len(sessions[name].calls) for name in ("denoiser", "second_denoiser")) == calls
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"span": (0.0, 0.8)}, "spans is .* a way from 0 to 1 without a gap"),
     ({"span": (0.2, 1.0)}, "a way from 0 to 1 without a gap"),
