@@ -24,7 +24,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from exporter.families import Spec, stable_diffusion  # the path above comes first
+from exporter.families import Spec, parts  # the path above comes first
 from exporter.trace import build
 from exporter.weights import parameter_shapes
 
@@ -60,9 +60,9 @@ INDEX = {
     "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
 }  # fmt: skip
 PARTS = {
-    "text_encoder": (TEXT, stable_diffusion.text_model, "model"),
-    "unet": (UNET, stable_diffusion.unet_model, "diffusion_pytorch_model"),
-    "vae": (VAE, stable_diffusion.vae_model, "diffusion_pytorch_model"),
+    "text_encoder": (TEXT, parts.build_text, "model"),
+    "unet": (UNET, parts.build_unet, "diffusion_pytorch_model"),
+    "vae": (VAE, parts.build_vae, "diffusion_pytorch_model"),
 }
 
 

@@ -12,22 +12,25 @@ from pathlib import Path
 import onnx_ir as ir
 
 from calibration import observe, scores
+from calibration import prompts as own
 from calibration.layers import find
 from calibration.observe import Observer, Statistics
-from calibration.prompts import DEFAULT, check
 from calibration.recipe import candidates
 from calibration.split import split
+from runtimes import example
 from runtimes.backends.onnxruntime import OnnxRuntimeSession
 from runtimes.errors import DexportError, Progress, silent
 from runtimes.manifest import Model
-from runtimes.pipeline import Pipeline, Request
+from runtimes.pipeline import Pipeline
 from runtimes.session import Session, require
+
+MOST_STEPS = 100  # a chain of 1000 goes over the same noise levels again and again
 
 
 def calibrate(
     model: Model,
     hub: Path,
-    prompts: Sequence[str] = DEFAULT,
+    prompts: Sequence[str] | None = None,
     *,
     steps: int | None = None,
     seed: int = 0,
@@ -35,12 +38,18 @@ def calibrate(
 ) -> Statistics:
     """Observe the denoiser of a hub on ``prompts``; prompt i starts from the noise of ``seed`` + i.
 
-    ``steps``: of the sampler, the model's own by default; fewer are faster and still go over all noise levels.
+    ``prompts``: some of ours by default. ``steps``: of the sampler, the model's own by default, but at most
+    ``MOST_STEPS``; fewer are faster and still go over all noise levels.
     """
     require("onnxruntime")
     name = model.stages[0].denoiser
     graph = model.graphs[name]
-    check(list(prompts), "the prompts")
+    stage = model.stages[0]
+    steps = steps or min(stage.steps, MOST_STEPS)
+    if prompts is None:
+        prompts = own.defaults(model)[0]
+    elif stage.text is not None:
+        own.check(list(prompts), "the prompts")
     observed, values = instrument(hub / graph.file)
     watched = observe.watched_graph(graph, list(values))
     opened: dict[str, Session] = {}
@@ -58,13 +67,12 @@ def calibrate(
     pipeline = Pipeline(model, hub, open_graph)
     for index, prompt in enumerate(prompts):
         observer.prompt = prompt
-        request = Request([prompt], steps=steps, seed=seed + index, guidance_batch="sequential")
+        request = example.request(model, prompt, steps=steps, seed=seed + index, guidance_batch="sequential")
         for step in pipeline.generate(request):
             done = (index + (step.index + 1) / step.total) / len(prompts)
             progress(f"calibration: prompt {index + 1}/{len(prompts)}, step {step.index + 1}/{step.total}", done)
-    stage = model.stages[0]
     settings = {
-        "steps": steps or stage.steps, "seed": seed, "guidance": stage.guidance.scale,
+        "steps": steps, "seed": seed, "guidance": stage.guidance.scale,
         "sampler": stage.scheduler["_class_name"], "prompts": list(prompts),
     }  # fmt: skip
     return observer.statistics(source(model, hub), settings)

@@ -16,12 +16,13 @@ import onnx_ir as ir
 
 from calibration.overflow import MARGIN, Island, PeakObserver, islands, watch_peaks, watched_graph
 from calibration.precision import LIMITS
-from calibration.prompts import DEFAULT
+from calibration.prompts import few
 from calibration.split import split
+from runtimes import example
 from runtimes.backends.onnxruntime import OnnxRuntimeSession
 from runtimes.errors import Progress, silent
 from runtimes.manifest import Model
-from runtimes.pipeline import Pipeline, Request
+from runtimes.pipeline import Pipeline
 from runtimes.session import Session, require
 
 PROMPTS = 4  # MARGIN is for what others would add
@@ -101,10 +102,10 @@ def find(
             watched[name].max_batch = 1
         return watched[name]
 
-    chosen = tuple((prompts or DEFAULT)[:PROMPTS])
+    chosen = tuple(prompts[:PROMPTS]) if prompts else few(model, PROMPTS)
     steps = min(STEPS, stage.steps)
     pipeline = Pipeline(model, hub, open_graph)
-    for step in pipeline.generate(Request(chosen, steps=steps)):
+    for step in pipeline.generate(example.request(model, chosen, steps=steps)):
         progress(f"fp16: looking for overflows, step {step.index + 1}/{step.total}", (step.index + 1) / step.total)
     images = pipeline.decode(step.sample)
     if stage.encoder is not None:

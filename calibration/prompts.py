@@ -1,10 +1,17 @@
-"""The prompts of a calibration: the user's own, or some that go over what people draw."""
+"""The prompts of a calibration: the user's own, or some that go over what people draw.
+
+Of a model with classes the prompts are names or numbers of its classes; of one with neither, names that stand for the
+seeds of its pictures.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from runtimes import example, subject
 from runtimes.errors import DexportError
+from runtimes.manifest import Model, Stage
 
 FEWEST = 4  # with fewer, a range is one picture's
 DEFAULT = (
@@ -32,6 +39,31 @@ JUDGED = (
     "a cup of coffee beside a croissant",
 )
 """What a quantized model is judged by: prompts that it was not calibrated with."""
+
+
+def defaults(model: Model) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What to calibrate ``model`` with, and what to judge it by, where its user names nothing."""
+    if model.stages[0].text is not None:
+        return DEFAULT, JUDGED
+    names = example.subjects(model, len(DEFAULT) + len(JUDGED))
+    every = len(names) // len(JUDGED)
+    return tuple(name for index, name in enumerate(names, 1) if index % every), names[every - 1 :: every]
+
+
+def few(model: Model, count: int) -> tuple[str, ...]:
+    """``count`` of ours for a short look at ``model``."""
+    return DEFAULT[:count] if model.stages[0].text is not None else example.subjects(model, count)
+
+
+def check_taken(prompts: Sequence[str], stage: Stage) -> None:
+    """Raise DexportError for prompts of a model that has no use for them, and for names that are no class of it.
+
+    stage: the model's first.
+    """
+    if stage.labels is not None:
+        subject.numbers(stage.labels, prompts)
+    elif stage.text is None:
+        raise DexportError("this model takes no prompts: leave --prompts out, it is calibrated on seeds")
 
 
 def read(file: Path) -> list[str]:

@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.prompts import JUDGED
+from runtimes import example
 from runtimes.accuracy import compare, psnr
 from runtimes.backends.onnxruntime import OnnxRuntimeSession
 from runtimes.errors import DexportError, Progress, silent
 from runtimes.manifest import Model
-from runtimes.pipeline import Pipeline, Request
+from runtimes.pipeline import Pipeline
 from runtimes.session import Session, run_batched
 
 Array = NDArray[Any]
@@ -130,7 +131,7 @@ def _draw(
     pipeline, pictures = Pipeline(model, folder, memoize(load)), []
     latents: list[Array] = []
     for index, prompt in enumerate(prompts):
-        request = Request([prompt], steps=steps, seed=SEED + index, guidance_batch="sequential")
+        request = example.request(model, prompt, steps=steps, seed=SEED + index, guidance_batch="sequential")
         for step in pipeline.generate(request):
             done = (index + (step.index + 1) / step.total) / len(prompts)
             progress(f"picture {index + 1}/{len(prompts)}, step {step.index + 1}/{step.total}", done)

@@ -67,6 +67,18 @@ def shape_options(command: F) -> F:
     )
 
 
+def model_options(command: F) -> F:
+    """The options that say more of a model than its checkpoint does."""
+    command = click.option(
+        "--guidance", type=click.FloatRange(0, 1000),
+        help="The bundle's scale of guidance; up to 1 for a model that was distilled to draw without.",
+    )(command)  # fmt: skip
+    command = click.option("--steps", type=click.IntRange(1), help="Steps if none are asked for.")(command)
+    return click.option(
+        "--refiner", type=FOLDER, help="A second checkpoint, which goes on with what the first one draws, like SDXL's."
+    )(command)
+
+
 def compile_options(command: F) -> F:
     """The options of everything that compiles."""
     command = click.option("--no-cache", is_flag=True, help="Compile anew and keep nothing.")(command)
@@ -161,6 +173,7 @@ def main() -> None:
 @lora_option
 @clip_skip_option
 @shape_options
+@model_options
 @click.option("--sampler", type=SamplerName(), help="The bundle's sampler, in place of the checkpoint's.")
 @quantization_options
 @compile_options
@@ -177,6 +190,9 @@ def build(
     clip_skip: int,
     shape: tuple[int, int] | None,
     dynamic_shape: bool,
+    refiner: Path | None,
+    steps: int | None,
+    guidance: float | None,
     sampler: str | None,
     budget: str | None,
     statistics: Path | None,
@@ -205,6 +221,7 @@ def build(
     Example:
       dexport build checkpoint --target onnxruntime --target openvino=bf16 -o bundles
       dexport build checkpoint --target openvino --precision int8 --prompts prompts.txt --budget psnr=36 -o bundle
+      dexport build sdxl-turbo --target openvino=bf16 --guidance 0 --steps 1 -o bundle
     """
     _shape(shape, dynamic_shape)
     quantization = _quantization(budget, statistics, observer, prompts, calibration_steps)
@@ -212,7 +229,8 @@ def build(
     with console.working() as progress:
         built = dexport.build(
             checkpoint, output, targets=targets, precisions=precisions, config=config, loras=loras, clip_skip=clip_skip,
-            shape=shape, dynamic_shape=dynamic_shape, sampler=sampler, max_batch=max_batch, cache=compile_cache,
+            shape=shape, dynamic_shape=dynamic_shape, refiner=refiner, steps=steps, guidance=guidance, sampler=sampler,
+            max_batch=max_batch, cache=compile_cache,
             overwrite=overwrite, keep_hub=keep_hub, quantization=quantization, progress=progress,
         )  # fmt: skip
     if as_json:
@@ -228,6 +246,7 @@ def build(
 @lora_option
 @clip_skip_option
 @shape_options
+@model_options
 @overwrite_option
 @json_option
 def export(
@@ -238,6 +257,9 @@ def export(
     clip_skip: int,
     shape: tuple[int, int] | None,
     dynamic_shape: bool,
+    refiner: Path | None,
+    steps: int | None,
+    guidance: float | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -252,8 +274,8 @@ def export(
     _shape(shape, dynamic_shape)
     with console.working() as progress:
         model = dexport.export(
-            checkpoint, output, config=config, loras=loras, clip_skip=clip_skip, shape=shape,
-            dynamic_shape=dynamic_shape, overwrite=overwrite, progress=progress,
+            checkpoint, output, refiner=refiner, config=config, loras=loras, clip_skip=clip_skip, shape=shape,
+            dynamic_shape=dynamic_shape, steps=steps, guidance=guidance, overwrite=overwrite, progress=progress,
         )  # fmt: skip
     if as_json:
         console.print_json({"output": output, "family": model.family, "graphs": model.graphs})
@@ -348,6 +370,7 @@ def compile_(
     "--prompts", "prompt_file", type=click.File(encoding="utf-8-sig"), help="A UTF-8 file with one prompt a line."
 )
 @click.option("--negative-prompt", default="", help="What not to draw.")
+@click.option("--class", "labels", multiple=True, help="Class of a model that has some: name or number. Likewise.")
 @click.option("--steps", type=click.IntRange(1), help="Steps of the sampler.")
 @click.option(
     "--guidance", type=Numbers(),
@@ -363,13 +386,19 @@ def compile_(
 @click.option(
     "--guidance-rescale", type=click.FloatRange(0, 1), default=0.0, help="How far the contrast that guidance adds goes."
 )
-@click.option("--image", "image_file", type=FOLDER, help="Start from this picture instead of noise.")
+@click.option(
+    "--image", "image_file", type=FOLDER,
+    help="Start from this picture instead of noise; what a model for superresolution makes larger.",
+)  # fmt: skip
+@click.option("--mask", "mask_file", type=FOLDER, help="Paint into --image only where this picture is white.")
 @click.option(
     "--strength", type=click.FloatRange(0, 1, min_open=True),
-    help="How much of the picture of --image may change. [default: 0.8]",
+    help="How much of the picture of --image may change. [default: 0.8, or 1 with --mask]",
 )  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Image i has SEED + i.")
-@click.option("--images", type=click.IntRange(1), default=1, show_default=True, help="Images for each prompt.")
+@click.option(
+    "-n", "--images", type=click.IntRange(1), default=1, show_default=True, help="Images for each prompt or class."
+)
 @click.option("--sampler", type=SamplerName(), help="Another sampler than the checkpoint's.")
 @click.option("--size", type=Shape(), help="Size of the images, where the bundle is of dynamic shape.")
 @click.option(
@@ -388,17 +417,19 @@ def run(
     prompts: tuple[str, ...],
     prompt_file: Any,
     image_file: Path | None,
+    mask_file: Path | None,
     threads: int | None,
     cache: Path | None,
     output: Path,
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Draw with a BUNDLE.
+    """Draw with a BUNDLE: prompts, classes, or, with a model that takes neither, what it was trained on.
 
     \b
     Example:
       dexport run bundle --prompt "red apple" --prompt "green apple" --steps 20 --seed 7 -o apples
+      dexport run bundle --class "golden retriever" --class 207 -n 4 -o dogs
     """
     try:
         lines = [line.strip() for line in prompt_file] if prompt_file else []
@@ -408,11 +439,11 @@ def run(
             f"{prompt_file.name}: not a text in UTF-8 ({error.reason})", param_hint=hint
         ) from error
     every = [*prompts, *filter(None, lines)]
-    if not every:
-        raise click.UsageError("no prompt given; use --prompt or --prompts")
-    files = console.image_files(output, len(every) * settings["images"])
+    count = max(len(every), len(settings["labels"]), 1)
+    files = console.image_files(output, count * settings["images"])
     console.check_places(files)
     settings["image"] = console.open_image(image_file) if image_file else None
+    settings["mask"] = console.open_image(mask_file) if mask_file else None
     with console.working() as progress:
         pipeline = dexport.load(bundle, threads=threads, cache=cache)
         result = pipeline(every, progress=progress, **settings)

@@ -13,13 +13,13 @@ from typing import Any
 
 from calibration import islands
 from calibration.islands import Found
-from exporter import checkpoint as checkpoints
 from exporter import compile as compilers
-from exporter import gate, hub, quantized, report
+from exporter import ensemble, gate, hub, quantized, report
+from exporter.families import Shape
 from exporter.quantized import Quantization
-from runtimes import bundle, samplers
+from runtimes import bundle
 from runtimes.errors import DexportError, Progress, silent
-from runtimes.manifest import Manifest, Model, to_json
+from runtimes.manifest import Manifest, Model, Stage, to_json
 from runtimes.session import Session, require
 from runtimes.target import Target
 
@@ -43,6 +43,7 @@ def build(
     output: Path | str,
     *,
     targets: Sequence[str] | str,
+    refiner: Path | str | None = None,
     precisions: Sequence[str] | str = ("fp32",),
     config: Path | str | None = None,
     loras: Sequence[Path | str] = (),
@@ -50,6 +51,8 @@ def build(
     shape: tuple[int, int] | None = None,
     dynamic_shape: bool = False,
     sampler: str | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
     max_batch: int = 2,
     cache: Path | None = None,
     overwrite: bool = False,
@@ -60,26 +63,31 @@ def build(
     """Make bundles of a checkpoint, one for each target and precision, each proven against the torch model.
 
     ``targets``: "openvino", for each of ``precisions``; or "openvino=bf16", in that one alone. With one target and
-    precision ``output`` is the bundle, else ``output/<target>-<precision>``. ``config``, ``loras`` and ``clip_skip``:
-    as in ``exporter.checkpoint.read``. ``shape``: (height, width) in pixels. ``sampler``: the bundles' own, in place of
-    the checkpoint's. ``max_batch``: the largest batch of an engine whose shapes are fixed when it is built.
-    ``keep_hub``: keep the ONNX hub there. ``quantization``: for int8, how it is calibrated and the quality that it must
-    keep; its prompts also find where fp16 overflows. Raises DexportError for bad input and GateError for a missed band;
-    each bundle is published whole or not at all.
+    precision ``output`` is the bundle, else ``output/<target>-<precision>``. ``refiner``: a second checkpoint that goes
+    on with what the first one draws (``exporter.ensemble``). ``config``, ``loras`` and ``clip_skip``: of the first one,
+    as in ``exporter.checkpoint.read``. ``shape``: (height, width) in pixels. ``sampler``, ``steps``, ``guidance``: the
+    bundles' own, in place of the checkpoint's; with ``guidance`` up to 1 they draw without any, as models do that were
+    distilled so. ``max_batch``: the largest batch of an engine whose shapes are fixed when it is built. ``keep_hub``:
+    keep the ONNX hub there. ``quantization``: for int8, how it is calibrated and the quality that it must keep; its
+    prompts also find where fp16 overflows. Raises DexportError for bad input and GateError for a missed band; each
+    bundle is published whole or not at all.
     """
-    checkpoint, output = Path(checkpoint), Path(output)
+    checkpoint, output, refiner = Path(checkpoint), Path(output), Path(refiner) if refiner else None
+    inputs = [checkpoint, *([refiner] if refiner else [])]
     keep_hub = Path(keep_hub) if keep_hub else None
     precisions = [precisions] if isinstance(precisions, str) else precisions
     pairs = _pairs([targets] if isinstance(targets, str) else targets, precisions)
     folders = [output] if len(pairs) == 1 else [output / f"{target.folder}-{precision}" for target, precision in pairs]
     for (target, precision), folder in zip(pairs, folders, strict=True):
         compilers.check(target, precision)  # now, not after the export
-        bundle.check_free(folder, overwrite, [checkpoint, *([keep_hub] if keep_hub else [])])
+        bundle.check_free(folder, overwrite, [*inputs, *([keep_hub] if keep_hub else [])])
     settings = _check_quantization(quantization, pairs)
     if keep_hub:
-        bundle.check_free(keep_hub, overwrite, [checkpoint])
-    source = checkpoints.read(checkpoint, config=config, loras=loras, clip_skip=clip_skip)
-    source = replace(source, scheduler=samplers.choose(source.scheduler, sampler))
+        bundle.check_free(keep_hub, overwrite, inputs)
+    read = ensemble.read(checkpoint, refiner, config=config, loras=loras, clip_skip=clip_skip)
+    source = ensemble.with_sampler(read, sampler)
+    size = Shape(*(shape or source.family.default_shape(source)), free=dynamic_shape)
+    _check_use(ensemble.stages(source, size), pairs, settings)  # likewise
     with tempfile.TemporaryDirectory(prefix=".dexport-", dir=_existing(output)) as work:
         hub_folder = keep_hub or Path(work) / "hub"
         share = _shares(progress, 1 + len(pairs))
@@ -88,6 +96,8 @@ def build(
             hub_folder,
             shape=shape,
             dynamic_shape=dynamic_shape,
+            steps=steps,
+            guidance=guidance,
             overwrite=overwrite,
             progress=share(0, 0.5),
         )
@@ -154,6 +164,7 @@ def compile_hub(
     bundle.check_free(output, overwrite, [hub_folder])
     settings = _check_quantization(quantization, pairs)
     model = hub.load(hub_folder)
+    _check_use(model.stages, pairs, settings)
     share = _shares(progress, 2)
     prepared = _prepare(model, hub_folder, pairs, settings, share(0, 1))
     dynamic = any(isinstance(side, str) for side in _sample(model).shape[1:])
@@ -243,6 +254,13 @@ def _check_quantization(quantization: Quantization | None, pairs: Sequence[tuple
             f"add --precision {quantized.PRECISIONS[0]}"
         )
     return asked.checked()
+
+
+def _check_use(stages: Sequence[Stage], pairs: Sequence[tuple[Target, str]], settings: quantized.Settings) -> None:
+    """Raise DexportError for a model that is not quantized, and for prompts that it does not take."""
+    if any(precision in quantized.PRECISIONS for _, precision in pairs):
+        quantized.check(stages)
+    settings.check_for(stages)
 
 
 def _prove(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +47,21 @@ class Component:
 class Checkpoint:
     """A checkpoint that was read and checked.
 
-    ``tokenizers`` are folders by component; ``files`` those that an export depends on, by the path that a manifest
-    gives them; ``adapters`` what is merged into the weights.
+    ``path`` is the folder or file, for messages. ``tokenizers`` are folders by component; ``files`` those that an
+    export depends on, by the path that a manifest gives them; ``adapters`` what is merged into the weights. ``index``:
+    what model_index.json says, of which only what is not asked for here has further use. ``refiner``: what goes on with
+    the pictures that this one draws (exporter.ensemble).
     """
 
+    path: Path
     pipeline: str
     components: Mapping[str, Component]
     scheduler: Mapping[str, Any]
     tokenizers: Mapping[str, Path]
     files: Mapping[str, Path]
     adapters: tuple[Adapter, ...] = ()
+    index: Mapping[str, Any] = field(default_factory=dict)
+    refiner: Checkpoint | None = None
 
     @property
     def family(self) -> families.Family:
@@ -95,12 +100,13 @@ def read(
     classes, configs, tokenizers = {}, {}, {}
     used = {"model_index.json", "scheduler/scheduler_config.json"}
     for name, allowed in family.COMPONENTS.items():
+        if None in allowed and index.get(name) in (None, [None, None]):
+            continue
         classes[name] = _class_of(folder, index, name)
         if classes[name] not in allowed:
-            raise DexportError(
-                f"{folder}: {name} is a {classes[name]}; a {pipeline} is exported with {' or '.join(allowed)}"
-            )
-        if allowed is families.TOKENIZERS:
+            known = " or ".join(filter(None, allowed))
+            raise DexportError(f"{folder}: {name} is a {classes[name]}; a {pipeline} is exported with {known}")
+        if classes[name] in families.TOKENIZERS:
             tokenizers[name] = folder / name
             used |= {f"{name}/{file}" for file in TOKENIZER_FILES if (folder / name / file).is_file()}
         else:
@@ -115,8 +121,8 @@ def read(
         weights = single_file.convert(path, header, configs)
         scheduler |= single_file.scheduler_options(header)
         files[path.name] = path
-        if tokenizers and folder.parent == single_file.CONFIGS:
-            files["tokenizer/merges.txt"] = single_file.CONFIGS / "merges.txt"
+        if folder.parent == single_file.CONFIGS:
+            files |= {f"{name}/merges.txt": single_file.CONFIGS / "merges.txt" for name in tokenizers}
     components = {
         name: Component(name, classes[name], path if header else folder / name, configs[name], weights[name])
         for name in configs
@@ -125,7 +131,7 @@ def read(
         for index_, component in enumerate(components.values()):
             progress(f"{component.name}: checking weights", index_ / len(components))
             check_finite(component.entries.values())
-    merged = lora.merge(Checkpoint(pipeline, components, scheduler, tokenizers, files), loras)
+    merged = lora.merge(Checkpoint(path, pipeline, components, scheduler, tokenizers, files, index=index), loras)
     return clip_skips.skip(merged, clip_skip)
 
 

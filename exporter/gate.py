@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from exporter import reference
 from exporter.checkpoint import Checkpoint
+from runtimes import example, subject
 from runtimes.accuracy import BANDS, Agreement, compare, psnr, ssim
 from runtimes.accuracy import band as band_of
 from runtimes.errors import DexportError, GateError, Progress, silent
@@ -27,7 +28,6 @@ from runtimes.safetensors import write
 from runtimes.session import Session, run_batched
 
 Array = NDArray[Any]
-PROMPT = "a red apple"
 STEPS = 6  # model calls of the free run: enough timesteps to see drift, few enough for a large model on a CPU
 
 
@@ -105,7 +105,7 @@ def record(checkpoint: Checkpoint, model: Model, hub: Path, progress: Progress =
     """Run the torch model through the pipeline and keep all that the gate compares with."""
     calls: dict[str, list[Call]] = {name: [] for name in model.graphs}
     open_graph = one_at_a_time(lambda name: TorchSession(checkpoint, name, model.graphs[name], calls[name]))
-    request = Request([PROMPT], steps=STEPS)
+    request = example.request(model, example.first(model), steps=STEPS)
     pipeline = Pipeline(model, hub, open_graph)
     latents = []
     for step in pipeline.generate(request):
@@ -178,7 +178,7 @@ def prove(
     accuracy = {
         "gate": "passed",
         "reference": "torch fp32",
-        "prompt": PROMPT,
+        **subject.settings(model, reference_.request, 0),
         "steps": STEPS,
         "band": asdict(band),
         "graphs": graphs,

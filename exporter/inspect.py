@@ -63,6 +63,7 @@ def _model(model: Model, sizes: Mapping[str, int]) -> dict[str, Any]:
         "pipeline": model.pipeline,
         "size": sum(sizes.values()),
         **(_stage(model.stages[0]) if model.stages else {}),  # a hub of chosen graphs may hold no whole stage
+        **({"stages": {stage.name: _span(stage) for stage in model.stages}} if len(model.stages) > 1 else {}),
         **({"adapters": {item.path: item.scale for item in model.adapters}} if model.adapters else {}),
         "graphs": {name: _graph(graph, sizes) for name, graph in model.graphs.items()},
         "source_files": len(model.source),
@@ -76,7 +77,13 @@ def _stage(stage: Stage) -> dict[str, Any]:
         "sampler": stage.scheduler["_class_name"],
         "steps": stage.steps,
         "guidance": f"{stage.guidance.kind}, scale {stage.guidance.scale:g}",
+        **({"classes": stage.labels.count} if stage.labels else {}),
     }
+
+
+def _span(stage: Stage) -> str:
+    start, end = stage.span
+    return f"{stage.denoiser}, from {start:g} to {end:g} of the way out of noise"
 
 
 def _graph(graph: Graph, sizes: Mapping[str, int]) -> dict[str, Any]:

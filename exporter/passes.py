@@ -99,6 +99,36 @@ def _reads_no_matrix(node: ir.Node) -> bool | None:
     return False if any(isinstance(w, Weight) and w.size > FOLD_INPUT for w in weights) else None
 
 
+def drop_ones(model: ir.Model) -> tuple[ir.Model, bool]:
+    """Drop multiplications by a 1 that is spread to the other factor's size, as the unconditional UNet has one.
+
+    It would make the timestep seem to depend on the sample, and what depends on the timestep alone stays exact.
+    """
+    modified = False
+    for node in list(model.graph):
+        if node.op_type != "Mul" or node.outputs[0].is_graph_output():
+            continue
+        for kept, ones in (node.inputs, node.inputs[::-1]):
+            if kept is not None and ones is not None and _is_one(ones) and _same_size(kept, ones):
+                node.outputs[0].replace_all_uses_with(kept)
+                model.graph.remove(node, safe=True)
+                modified = True
+                break
+    return model, modified
+
+
+def _is_one(value: ir.Value) -> bool:
+    producer = value.producer()
+    source = producer.inputs[0] if producer is not None and producer.op_type == "Expand" else None
+    constant = source.const_value if source is not None else None
+    return constant is not None and constant.size == 1 and constant.numpy().item() == 1
+
+
+def _same_size(one: ir.Value, other: ir.Value) -> bool:
+    sizes = [[getattr(size, "value", size) for size in value.shape or ()] for value in (one, other)]
+    return bool(sizes[0]) and sizes[0] == sizes[1] and None not in sizes[0]
+
+
 def drop_unused(model: ir.Model) -> tuple[ir.Model, bool]:
     """Remove nodes without a use, and weights such as the encoder's in a decoder's graph."""
     return model, RemoveUnusedNodesPass()(model).modified
@@ -145,6 +175,7 @@ HUB: tuple[Pass, ...] = (
     turn_weights,
     drop_unused,
     optimize,
+    drop_ones,
     drop_unused,
     drop_formulas,
     strip,

@@ -19,7 +19,6 @@ from calibration.mixed import SURE, Costs, Gain
 from calibration.numbers import NUMBERS, with_half_scales
 from calibration.observe import Statistics
 from calibration.observe import load as load_statistics
-from calibration.prompts import DEFAULT
 from calibration.quality import Budget, Judged, Quality
 from calibration.ranges import OBSERVERS
 from calibration.recipe import Done, Recipe
@@ -30,7 +29,7 @@ from exporter import latency
 from runtimes.backends.onnxruntime import OnnxRuntimeSession
 from runtimes.backends.openvino import HINT
 from runtimes.errors import DexportError, Progress, silent
-from runtimes.manifest import Graph, Model
+from runtimes.manifest import Graph, Model, Stage
 from runtimes.session import Session, require
 from runtimes.target import Target
 
@@ -90,10 +89,15 @@ class Settings:
     steps: int | None
     recipe: Recipe
 
-    def split(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def check_for(self, stages: Sequence[Stage]) -> None:
+        """Raise DexportError for prompts that a model of these stages does not take."""
+        if self.prompts is not None and stages:
+            prompts.check_taken(self.prompts, stages[0])
+
+    def split(self, model: Model) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The prompts to calibrate with, and those to judge by: of the user's the last quarter, but at most four."""
         if self.prompts is None:
-            return prompts.DEFAULT, prompts.JUDGED
+            return prompts.defaults(model)
         count = min(len(prompts.JUDGED), max(1, len(self.prompts) // 4))
         return self.prompts[:-count], self.prompts[-count:]
 
@@ -117,10 +121,19 @@ class Made:
     report: dict[str, Any]
 
 
+def check(stages: Sequence[Stage]) -> None:
+    """Raise DexportError for a model that is not calibrated by drawing out of noise with one denoiser."""
+    if len(stages) > 1 or any(stage.strength is not None for stage in stages):
+        raise DexportError(
+            f"{', '.join(PRECISIONS)} is for models that draw out of noise with one denoiser, and not for refiners; "
+            "take another precision"
+        )
+
+
 def prepare(model: Model, hub: Path, settings: Settings, progress: Progress = silent) -> Calibrated:
     """Calibrate, or load the statistics, and draw the pictures that the quantized model is judged by."""
     statistics = _statistics(model, hub, settings, lambda what, share: progress(what, share * 0.7))
-    kept = settings.split()[1]
+    kept = settings.split(model)[1]
     judged = quality.draw_float(model, hub, kept, lambda what, share: progress(f"float {what}", 0.7 + share * 0.3))
     return Calibrated(hub, model, statistics, judged, settings)
 
@@ -224,7 +237,9 @@ def calibrate_hub(
     if output.exists() and not overwrite:
         raise DexportError(f"{output} exists; choose another file, or say --overwrite")
     model = hubs.load(Path(hub_folder))
-    statistics = calibrate(model, Path(hub_folder), settings.prompts or DEFAULT, steps=steps, progress=progress)
+    check(model.stages)
+    settings.check_for(model.stages)
+    statistics = calibrate(model, Path(hub_folder), settings.prompts, steps=steps, progress=progress)
     statistics.save(output)
     return statistics
 
@@ -233,7 +248,7 @@ def _statistics(model: Model, hub: Path, settings: Settings, progress: Progress)
     file = settings.statistics
     if file is not None and file.exists():
         return load_statistics(file, source(model, hub))
-    statistics = calibrate(model, hub, settings.split()[0], steps=settings.steps, progress=progress)
+    statistics = calibrate(model, hub, settings.split(model)[0], steps=settings.steps, progress=progress)
     if file is not None:
         statistics.save(file)
     return statistics

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from exporter import trace
+from exporter import ensemble, trace
 from exporter.checkpoint import Checkpoint
 from exporter.families import Shape
 from exporter.weights import bind, parameter_shapes, widen
@@ -21,11 +21,11 @@ def load(checkpoint: Checkpoint, graph: str) -> torch.nn.Module:
     output order. A layer's weights are mapped from the file and widened when it is called, and let go after it.
     """
     height, width = checkpoint.family.default_shape(checkpoint)
-    specs = checkpoint.family.specs(checkpoint, Shape(height, width, free=False))
+    specs = ensemble.specs(checkpoint, Shape(height, width, free=False))
     if graph not in specs:
         raise DexportError(f"no graph {graph!r}; there are {', '.join(specs)}")
     modules = trace.build(specs[graph])
-    entries = bind(checkpoint, parameter_shapes(modules))
+    entries = bind(ensemble.owner(checkpoint, graph), parameter_shapes(modules))
     for path, module in modules.named_modules():
         own = {name: entries[f"{path}.{name}"] for name, value in module._parameters.items() if value is not None}
         if own:

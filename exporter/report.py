@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from exporter.gate import Proof, Reference
+from runtimes import subject
 from runtimes.image import to_images
 from runtimes.manifest import Model
 
@@ -38,7 +39,7 @@ def render(
     parts = [f"<h1>{title}</h1>", _facts(model, recipe), f"<h2>The gate: {escape(accuracy['gate'])}</h2>"]
     if "why" in accuracy:
         parts.append(f"<p>{escape(accuracy['why'])}. {escape(accuracy.get('next', ''))}</p>")
-    parts.append(_pictures(reference, proof.image))
+    parts.append(_pictures(model, reference, proof.image))
     if "graphs" in accuracy:
         parts.append(_agreement(accuracy))
     if "fp16" in accuracy:
@@ -59,12 +60,14 @@ def _facts(model: Model, recipe: Mapping[str, Any]) -> str:
         ("image", f"{recipe['shape'][0]}x{recipe['shape'][1]} pixels" + (", any size" * recipe["dynamic_shape"])),
         ("sampler", f"{stage.scheduler['_class_name']}, {stage.steps} steps"),
         ("guidance", f"{stage.guidance.kind}, {stage.guidance.scale:g}"),
+        *([("classes", str(stage.labels.count))] if stage.labels else []),
+        *((one.name, f"from {one.span[0]:g} to {one.span[1]:g} of the way") for one in model.stages[1:]),
         ("weights", f"{sum(file.size for file in model.source) / 1e6:.1f} MB in {len(model.source)} files"),
     ]
     return _table((), rows)
 
 
-def _pictures(reference: Reference, image: NDArray[Any] | None) -> str:
+def _pictures(model: Model, reference: Reference, image: NDArray[Any] | None) -> str:
     shown = [("torch, fp32", reference.image)]
     if image is not None:
         difference = np.abs(reference.image - image)
@@ -76,8 +79,9 @@ def _pictures(reference: Reference, image: NDArray[Any] | None) -> str:
         f"<figcaption>{escape(what)}</figcaption></figure>"
         for what, array in shown
     ]
-    prompt = escape(reference.request.prompts[0])
-    return f"<p>“{prompt}”, {reference.request.steps} steps, seed {reference.request.seed}</p>\n" + "\n".join(figures)
+    request = reference.request
+    of = " ".join(f"{name} “{value}”," for name, value in subject.settings(model, request, 0).items())
+    return f"<p>{escape(of)} {request.steps} steps, seed {request.seed}</p>\n" + "\n".join(figures)
 
 
 def _agreement(accuracy: Mapping[str, Any]) -> str:

@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from runtimes import bundle
+from runtimes import bundle, example
+from runtimes.conditioning import constants
 from runtimes.errors import DexportError, Progress, silent
 from runtimes.manifest import Graph, Stage
-from runtimes.pipeline import Pipeline, Request
+from runtimes.pipeline import Pipeline
 from runtimes.session import Array, Session, require, run_batched
 from runtimes.target import Target
-
-PROMPT = "a red apple"
 
 
 def bench(
@@ -46,7 +45,7 @@ def bench(
     manifest = bundle.load_manifest(folder)
     target = Target.parse(manifest.target)
     backend = require(target.backend)
-    stage = manifest.model.stages[0]
+    stages = {stage.denoiser: stage for stage in manifest.model.stages}
     sessions: dict[str, Session] = {}
     graphs: dict[str, Any] = {}
     for index, (name, graph) in enumerate(manifest.model.graphs.items()):
@@ -54,6 +53,7 @@ def bench(
         begin = time.perf_counter()
         session = backend.open(folder / graph.file, graph, target.device, threads, None)
         load = time.perf_counter() - begin
+        stage = stages.get(name, manifest.model.stages[0])
         batch = images * (2 if graph.kind == "denoiser" and stage.guidance.kind == "cfg" else 1)
         inputs = _inputs(graph, stage, batch)
         calls = [_seconds(session, inputs) for _ in range(repeats + 1)]
@@ -81,13 +81,14 @@ def bench(
 
 def _warm(pipeline: Pipeline, images: int) -> None:
     """Go each graph's way once with the shapes of the request that is timed: a new shape may cost a compilation."""
-    step = next(pipeline.generate(Request([PROMPT], images=images)))
+    model = pipeline.model
+    step = next(pipeline.generate(example.request(model, example.first(model), images=images)))
     pipeline.decode(step.sample)
 
 
 def _image(pipeline: Pipeline, images: int) -> dict[str, Any]:
     """Time one request, from its prompt to its pixels, and the steps in it."""
-    request = Request([PROMPT], images=images)
+    request = example.request(pipeline.model, example.first(pipeline.model), images=images)
     begin = time.perf_counter()
     ends, sample = [], np.zeros(0)
     for step in pipeline.generate(request):
@@ -108,17 +109,18 @@ def _inputs(graph: Graph, stage: Stage, batch: int) -> Mapping[str, Array]:
     inputs: dict[str, Array] = {}
     for tensor in graph.inputs:
         shape = [free[side] if isinstance(side, str) else side for side in tensor.shape]
-        if tensor.name in stage.inputs:
-            value = np.asarray(stage.inputs[tensor.name], tensor.dtype)
-            inputs[tensor.name] = np.ascontiguousarray(np.broadcast_to(value, shape))
+        if tensor.name == "guidance":
+            inputs[tensor.name] = np.full(shape, stage.guidance.scale, tensor.dtype)
         elif tensor.name == "timestep":
             inputs[tensor.name] = np.full(shape, 500, tensor.dtype)
         elif np.issubdtype(np.dtype(tensor.dtype), np.integer):
             inputs[tensor.name] = np.zeros(shape, tensor.dtype)
-        elif graph.kind == "encoder":
+        elif tensor.name == "image":
             inputs[tensor.name] = random.random(shape).astype(tensor.dtype)
         else:
             inputs[tensor.name] = random.standard_normal(shape).astype(tensor.dtype)
+    if graph.kind == "denoiser":
+        inputs |= constants(stage, graph, (free["image_height"], free["image_width"]), batch)
     return inputs
 
 

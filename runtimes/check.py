@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import PurePosixPath
 
-import numpy as np
-
+from runtimes import conditioning, subject
 from runtimes.accuracy import BANDS
 from runtimes.errors import DexportError, IntegrityError
 from runtimes.manifest import Graph, Kind, Manifest, Model, Stage, Tensor, Tokenizer
@@ -28,6 +28,8 @@ SIDE = 65536  # the largest side of a tensor or a picture, and the longest promp
 ELEMENTS = 2**28  # of a sample or a picture
 RANK = 8
 STEPS = 10_000
+MOST_LABELS = 10**6
+NUMBER = re.compile(r"0|[1-9][0-9]{0,6}", re.ASCII)
 TENSORS: dict[Kind, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "text": ((), ()),
     "denoiser": (("sample", "timestep"), ("output",)),
@@ -35,6 +37,8 @@ TENSORS: dict[Kind, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "encoder": (("image",), ("sample",)),
 }
 """The inputs and outputs that a pipeline gives and takes by name."""
+GUIDANCE = "guidance"  # the denoiser's further input where it is told the scale
+ASKED = (GUIDANCE, "labels", "image")  # further inputs that a request fills
 
 
 def check_paths(paths: Iterable[str], where: str) -> None:
@@ -77,6 +81,8 @@ def check_model(model: Model, where: str, *, whole: bool = True) -> None:
             raise _wrong(where, "adapters", adapter.path, "a file of the source, with a finite scale")
     for index, stage in enumerate(model.stages):
         _check_stage(model, stage, f"{where}: stages[{index}]")
+    if whole:
+        _check_way(model.stages, where)
 
 
 def _check_graph(name: str, graph: Graph, where: str) -> None:
@@ -119,6 +125,8 @@ def _check_tokenizers(model: Model, where: str) -> None:
     check_paths(files, where)
     if len(set(files)) != len(files):
         raise IntegrityError(f"{where}: two tokenizers have the same file")
+    if len({tokenizer.input for tokenizer in model.tokenizers}) != len(files):
+        raise DexportError(f"{where}: two tokenizers have the same input")
     for tokenizer in model.tokenizers:
         if not TOKENIZER_FILE.fullmatch(tokenizer.file):
             raise _wrong(where, "a tokenizer's file", tokenizer.file, "a file in a folder tokenizer...")
@@ -129,14 +137,15 @@ def _check_tokenizers(model: Model, where: str) -> None:
     texts = [graph for graph in model.graphs.values() if graph.kind == "text"]
     for graph in texts:
         _check_text(graph, model.tokenizers, where)
-    if model.tokenizers and not texts:
+    used = {tensor.name for graph in texts for tensor in graph.inputs}
+    if any(tokenizer.input not in used for tokenizer in model.tokenizers):
         raise DexportError(f"{where}: there are tokenizers, but no text graph that takes their tokens")
 
 
 def _check_text(graph: Graph, tokenizers: Sequence[Tokenizer], where: str) -> None:
     """The tokenizers must fill the text graph's inputs, one each."""
     wanted, given = sorted(tensor.name for tensor in graph.inputs), sorted(item.input for item in tokenizers)
-    if wanted != given:
+    if not set(wanted) <= set(given):
         raise DexportError(f"{where}: the tokenizers give {given!r:.60} where the text graph takes {wanted!r:.60}")
     lengths = {item.input: item.length for item in tokenizers}
     for tensor in graph.inputs:
@@ -160,9 +169,16 @@ def _check_stage(model: Model, stage: Stage, where: str) -> None:
         raise _wrong(where, "steps", stage.steps, f"1 to {STEPS}")
     if not math.isfinite(stage.guidance.scale):
         raise _wrong(where, "guidance: scale", stage.guidance.scale, "a finite number")
+    if len(stage.span) != 2 or not 0 <= stage.span[0] < stage.span[1] <= 1:
+        raise _wrong(where, "span", stage.span, "two numbers that rise within 0 to 1")
+    if stage.strength is not None and not 0 < stage.strength <= 1:
+        raise _wrong(where, "strength", stage.strength, "above 0 and at most 1")
+    if not 1 <= stage.multiple <= SIDE or any(side % stage.multiple for side in stage.sample[1:]):
+        raise _wrong(where, "multiple", stage.multiple, "a number from 1 that divides the sample's sides")
     _check_inputs(model.graphs[stage.denoiser], stage, where)
+    _check_labels(model.graphs[stage.denoiser], stage, where)
     try:
-        compile_table(stage.scheduler, stage.steps)
+        compile_table(stage.scheduler, stage.steps, start=stage.span[0], end=stage.span[1])
     except DexportError as error:
         raise DexportError(f"{where}: scheduler: {error}") from error
 
@@ -174,16 +190,54 @@ def _check_inputs(graph: Graph, stage: Stage, where: str) -> None:
     fits = len(sides) == 3 and all(isinstance(a, str) or a == b for a, b in zip(sides, stage.sample, strict=True))
     if not fits:
         raise _wrong(where, "sample", stage.sample, f"the denoiser's {list(sides)}")
-    for name, value in stage.inputs.items():
-        if name not in tensors or name in TENSORS["denoiser"][0]:
+    for name, value in (*stage.inputs.items(), *stage.negative.items()):
+        if name not in tensors or name in (*TENSORS["denoiser"][0], *ASKED):
             raise _wrong(where, "inputs", name, "further inputs of the denoiser")
         try:
-            with np.errstate(over="raise"):
-                array = np.asarray(value, tensors[name].dtype)
-        except (TypeError, ValueError, ArithmeticError) as error:
-            raise DexportError(f"{where}: inputs: {name!r:.60}: not numbers of {tensors[name].dtype}") from error
+            array = conditioning.array(value, tensors[name].dtype, (1, 1))
+        except DexportError as error:
+            raise DexportError(f"{where}: inputs: {name!r:.60}: {error}") from error
         if array.shape != tensors[name].shape[1:]:
             raise _wrong(where, f"inputs: the shape of {name!r:.60}", array.shape, str(list(tensors[name].shape[1:])))
+    if only := sorted(set(stage.negative) - set(stage.inputs)):
+        raise _wrong(where, "negative", only[0], "one of the stage's inputs")
+    told = GUIDANCE in tensors
+    if told != (stage.guidance.kind == "embedded") or (told and tensors[GUIDANCE].shape != ("batch",)):
+        raise _wrong(where, "guidance: kind", stage.guidance.kind, f"'embedded' for a denoiser with {GUIDANCE} [batch]")
+
+
+def _check_way(stages: Sequence[Stage], where: str) -> None:
+    """The stages must make the whole way from noise to picture, one after the other, on samples of one shape."""
+    spans = [stage.span for stage in stages]
+    joined = all(before[1] == after[0] for before, after in pairwise(spans))
+    if not joined or spans[0][0] != 0 or spans[-1][1] != 1:
+        raise _wrong(where, "the stages' spans", spans, "a way from 0 to 1 without a gap")
+    if len({(stage.sample, stage.factor) for stage in stages}) > 1:
+        raise DexportError(f"{where}: the stages' samples differ; one must go on with what the other made")
+    if not all(subject.alike(stages[0], stage) for stage in stages):
+        raise DexportError(f"{where}: the stages must all take a prompt, or the same classes, or neither")
+
+
+def _check_labels(graph: Graph, stage: Stage, where: str) -> None:
+    """A denoiser with classes must say which there are; to be guided it needs one that stands for none."""
+    labels, taken = stage.labels, [tensor for tensor in graph.inputs if tensor.name == "labels"]
+    if bool(labels) != bool(taken):
+        raise DexportError(f"{where}: labels and an input 'labels' of the denoiser must go together")
+    if labels is None:
+        return
+    if taken != [Tensor("labels", "int64", ("batch",))]:
+        raise DexportError(f"{where}: the denoiser's 'labels' must be int64 [batch]")
+    if not 1 <= labels.count <= MOST_LABELS:
+        raise _wrong(where, "labels: count", labels.count, f"1 to {MOST_LABELS}")
+    if labels.null is not None and not 0 <= labels.null <= MOST_LABELS:
+        raise _wrong(where, "labels: null", labels.null, f"0 to {MOST_LABELS}")
+    if labels.null is None and stage.guidance.kind == "cfg":
+        raise DexportError(f"{where}: guidance needs a class that stands for none")
+    for number, name in labels.names.items():
+        if not (NUMBER.fullmatch(number) and int(number) < labels.count and name.isprintable()):
+            raise _wrong(
+                where, f"labels: names: {number!r:.20}", name, f"a name of a class from 0 to {labels.count - 1}"
+            )
 
 
 def _wrong(where: str, what: str, value: object, wanted: str) -> DexportError:

@@ -21,10 +21,10 @@ def plan(table: Table, scale: float | Sequence[float], interval: tuple[float, fl
     two of them it changes evenly. interval: the share of the calls, from start to end, that are guided; the others
     have the scale 1 (https://arxiv.org/abs/2404.07724). Raises DexportError for scales or an interval that are none.
     """
-    points = np.atleast_1d(_numbers(scale))
+    points = np.atleast_1d(numbers(scale))
     if points.ndim != 1 or not len(points) or not ((points >= 0) & (points <= LARGEST)).all():
         raise DexportError(f"guidance must be a number from 0 to {LARGEST:g}, or several, not {scale!r:.80}")
-    ends = _numbers(interval)
+    ends = numbers(interval)
     if ends.shape != (2,) or not 0 <= ends[0] < ends[1] <= 1:
         raise DexportError(
             f"the interval of guidance must be two numbers that rise within 0 to 1, not {interval!r:.80}"
@@ -43,7 +43,7 @@ def plan(table: Table, scale: float | Sequence[float], interval: tuple[float, fl
     return dataclasses.replace(table, rows=rows)
 
 
-def _numbers(value: object) -> Array:
+def numbers(value: object) -> Array:
     """An array of numbers; of what is none, an empty one."""
     try:
         array = np.asarray(value)

@@ -37,26 +37,27 @@ def sample(
     start: Array,
     model: Denoiser,
     noise: Callable[[], Array],
-    known: tuple[Array, Array] | None = None,
+    known: Sequence[Array] | None = None,
 ) -> Iterator[Step]:
     """Run ``table`` and yield after each row; the caller shows progress, or stops by not asking for more.
 
     start: noise of unit variance [B, C, ...]. model: called with the scaled sample (float32, like ``start``), the
     timestep and the row; returns an output of that shape, or of twice the channels (see runtimes.table). noise: called
     for each fresh draw of that shape. known: an image of that shape and a mask, 1 where it stays and 0 where it is
-    painted, for a sampler that keeps a known part (RePaintScheduler).
+    painted, for a table that keeps a known part; a third array is the noise of the image at every step, which is drawn
+    anew for each without it.
     Raises DexportError where a shape is wrong or the model's output is not finite.
     """
     x = table.init_scale * _shaped(start, np.shape(start), "the start")
     saved, history, nothing = x, [np.zeros_like(x)] * HISTORY, np.zeros_like(x)
-    image, mask = _known(known, table, x.shape) if known else (nothing, None)
+    image, mask, still = _known(known, table, x.shape) if known else (nothing, None, None)
     for index, row in enumerate(table.rows):
         output, learned = nothing, None
         if row.calls:
             output, learned = _halves(model((row.scale * x).astype(np.float32), row.t, row), x.shape, row)
         if row.h_x or row.h_m:
             history = [_bounded(row.h_x * x + row.h_m * output, row), *history[1:]]
-        drawn = row.x_z or row.s_z or (row.known and mask is not None)
+        drawn = row.x_z or row.s_z or (row.known and mask is not None and still is None)
         fresh = _shaped(noise(), x.shape, "the noise") if drawn else nothing
         if row.deviation:
             fresh = fresh * _deviation(learned, row)
@@ -66,7 +67,7 @@ def sample(
             _combine((row.s_x, row.s_s, row.s_m, *row.s_h, row.s_z), registers),
         )
         if row.known and mask is not None:
-            x = mask * (row.known[0] * image + row.known[1] * fresh) + (1 - mask) * x
+            x = mask * (row.known[0] * image + row.known[1] * (fresh if still is None else still)) + (1 - mask) * x
         if row.shift:
             history = [history[0], *history[:-1]]
         yield Step(index, len(table.rows), row.t, x, output)
@@ -84,8 +85,8 @@ def _shaped(value: Array, shape: tuple[int, ...], what: str) -> Array:
     return array
 
 
-def _known(known: tuple[Array, Array], table: Table, shape: tuple[int, ...]) -> tuple[Array, Array]:
-    """The known image and its mask, checked."""
+def _known(known: Sequence[Array], table: Table, shape: tuple[int, ...]) -> tuple[Array, Array, Array | None]:
+    """The known image, its mask and its noise, checked."""
     if not any(row.known for row in table.rows):
         raise DexportError("this sampler keeps no known part of an image; take RePaintScheduler, or leave the mask out")
     image, mask = _shaped(known[0], shape, "the known image"), np.asarray(known[1], np.float64)
@@ -95,7 +96,7 @@ def _known(known: tuple[Array, Array], table: Table, shape: tuple[int, ...]) -> 
         )
     if not ((mask >= 0) & (mask <= 1)).all():
         raise DexportError("the mask must hold numbers from 0 (paint) to 1 (keep)")
-    return image, mask
+    return image, mask, _shaped(known[2], shape, "the noise of the known image") if len(known) > 2 else None
 
 
 def _halves(value: Array, shape: tuple[int, ...], row: Row) -> tuple[Array, Array | None]:

@@ -52,10 +52,28 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class Guidance:
-    """How a prompt steers: "cfg" runs the denoiser with and without it; "none" only with it."""
+    """How a prompt or a class steers: "cfg" runs the denoiser with and without it, "none" only with it.
 
-    kind: Literal["cfg", "none"]
+    "embedded" runs it only with the prompt, and tells it the scale as its input ``guidance`` [batch].
+    empty: what stands for an empty negative prompt, the text graph's output for it or zeros.
+    """
+
+    kind: Literal["cfg", "none", "embedded"]
     scale: float
+    empty: Literal["text", "zeros"] = "text"
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The classes that a denoiser's input ``labels`` takes: the numbers from 0 to ``count`` - 1.
+
+    null: the number beyond them that stands for no class, which guidance steers away from; None where there is none.
+    names: the names of a number, with commas between, where it has some.
+    """
+
+    count: int
+    null: int | None
+    names: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -72,7 +90,13 @@ class Stage:
     scheduler: Mapping[str, Any]  # the checkpoint's scheduler_config.json, "_class_name" included
     guidance: Guidance
     steps: int
-    inputs: Mapping[str, Any] = field(default_factory=dict)  # values of further denoiser inputs, e.g. time_ids
+    # Values of further denoiser inputs, e.g. time_ids; "image_height" and "image_width" in them are the picture's size.
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    negative: Mapping[str, Any] = field(default_factory=dict)  # those that differ in the call with the negative prompt
+    span: tuple[float, ...] = (0.0, 1.0)  # the part of the way from noise to picture that the stage makes
+    strength: float | None = None  # of a model that only reworks pictures: how much, if nothing is asked for
+    labels: Labels | None = None  # of a denoiser with classes
+    multiple: int = 1  # what height and width of a sample of another size must be multiples of
 
 
 @dataclass(frozen=True)
@@ -141,7 +165,7 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         return value
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         hints = typing.get_type_hints(kind)
-        needed = {f.name for f in dataclasses.fields(kind) if f.default_factory is dataclasses.MISSING}
+        needed = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING}
         if missing := sorted(needed - set(value)):
             raise DexportError(f"{where}: {missing[0]!r} is missing")
         if unknown := sorted(set(value) - set(hints)):
@@ -158,6 +182,8 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         for option in arguments:
             if option is type(None) and value is None:
                 return None
+            if dataclasses.is_dataclass(option) and isinstance(value, dict):
+                return _decode(option, value, where)
             if isinstance(option, type) and isinstance(value, option) and not isinstance(value, bool):
                 return value
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):

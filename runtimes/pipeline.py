@@ -1,10 +1,11 @@
-"""From prompts to pictures: text, denoising loop, decoder. It knows stages and tensors, no family and no runtime."""
+"""From a request to pictures: text, denoising loop, decoder. It knows stages and tensors, no family and no runtime."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache as memoize
+from itertools import islice
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from runtimes import bundle, guidance, loop, samplers
+from runtimes import bundle, conditioning, guidance, inpaint, loop, samplers, subject
 from runtimes.errors import DexportError, Progress, silent
 from runtimes.image import to_array, to_images
 from runtimes.manifest import Manifest, Model, Stage
@@ -34,11 +35,15 @@ STRENGTH = 0.8
 
 @dataclass(frozen=True)
 class Request:
-    """What to draw. None takes the checkpoint's default. Image i of the whole request uses seed + i."""
+    """What to draw. None takes the checkpoint's default. Image i of the whole request uses seed + i.
 
-    prompts: Sequence[str]
+    A model takes prompts, or labels (its classes, by number or name), or neither.
+    """
+
+    prompts: Sequence[str] = ()
     negative_prompt: str = ""
-    images: int = 1  # for each prompt
+    labels: int | str | Sequence[int | str] = ()
+    images: int = 1  # for each prompt or label
     steps: int | None = None
     # Up to 1 the negative prompt is not used, and a step costs half. Several scales are spread over the steps.
     guidance: float | Sequence[float] | None = None
@@ -47,8 +52,11 @@ class Request:
     seed: int = 0
     sampler: str | None = None
     size: tuple[int, int] | None = None  # height and width in pixels, where the bundle is of dynamic shape
-    image: Image.Image | None = None  # start from this picture, made noisy by ``strength``
-    strength: float | None = None  # 0 to 1: the part of the steps that is made of a picture; STRENGTH if None
+    # Start from this picture, made noisy by ``strength``; a model that is shown one (superresolution) goes by it.
+    image: Image.Image | None = None
+    mask: Image.Image | None = None  # paint only where it is white, and leave the rest of the picture as it is
+    # 0 to 1: the part of the steps that is made of a picture; if None, STRENGTH, or all of them with a mask
+    strength: float | None = None
     guidance_batch: Batching = "batched"  # with and without prompt in one call, or in two that need less memory
 
 
@@ -96,14 +104,19 @@ class Pipeline:
         pipeline.manifest = manifest
         return pipeline
 
-    def __call__(self, prompt: str | Sequence[str], *, progress: Progress = silent, **settings: Any) -> Result:
+    def __call__(self, prompt: str | Sequence[str] = (), *, progress: Progress = silent, **settings: Any) -> Result:
         """Draw; ``settings`` are the fields of ``Request``."""
         request = Request([prompt] if isinstance(prompt, str) else list(prompt), **settings)
+        first = self.model.stages[0]
+        if first.strength is not None and request.image is None:
+            raise DexportError("this model reworks pictures and draws none from noise; give one with --image")
         for step in self.generate(request):
             progress(f"step {step.index + 1}/{step.total}", (step.index + 1) / step.total)
         images = to_images(self.decode(step.sample, request))
         warnings = []
-        if self.model.tokenizers:
+        if request.negative_prompt and first.guidance.kind != "cfg":
+            warnings.append("this model takes no negative prompt: it was left out")
+        if request.prompts:
             for name, prompts in (("prompt", request.prompts), ("negative prompt", [request.negative_prompt])):
                 _, cut = self.tokenize(prompts)
                 warnings += [
@@ -118,22 +131,59 @@ class Pipeline:
         ``noise``: draws of [B, C, h, w] standard normals, the start first; by default from the request's seeds.
         """
         request = self._checked(request)
-        stage = self.model.stages[0]
-        steps = request.steps or stage.steps
-        config = samplers.pick(stage.scheduler, request.sampler, image=request.image is not None)
-        table = samplers.compile_table(config, steps, begin=_first_step(request, steps))
-        table = guidance.plan(table, self._scale(request), request.guidance_interval)
-        count = len(request.prompts) * request.images
+        begun, runs = self._begun(request), self._runs(request)
+        count = subject.count(request)
         shape = self.sample_shape(request)
         draw = noise or loop.noise_source([request.seed + index for index in range(count)], shape)
         start = draw()
         if start.shape != (count, *shape):
             raise DexportError(f"the start noise has shape {list(start.shape)}, not {[count, *shape]}")
-        if request.image is not None:
+        known = None
+        if begun is not None:
+            (stage, table), *others = runs
             signal, noisy = table.mix
-            start = signal * self.encode(to_array(request.image, self._pixels(request))) + noisy * start
-            table = replace(table, init_scale=1.0)
-        yield from loop.sample(table, start, self._denoiser(stage, request, table), draw)
+            image = self.encode(to_array(begun, self._pixels(request)))
+            if request.mask is not None:
+                mask = inpaint.kept(request.mask, self._pixels(request), self.model.stages[0].factor)
+                known = (np.broadcast_to(image, start.shape), mask, start)
+            if request.mask is None or self._strength(request) < 1:  # else of the picture only the known part is left
+                start = signal * image + noisy * start
+                runs = [(stage, replace(table, init_scale=1.0)), *others]
+        done, total = 0, sum(len(table.rows) for _, table in runs)
+        for stage, table in runs:
+            for step in loop.sample(table, start, self._denoiser(stage, request, table), draw, known):
+                yield replace(step, index=done + step.index, total=total)
+            done, start = done + len(table.rows), step.sample
+
+    def _begun(self, request: Request) -> Image.Image | None:
+        """The picture that the loop starts from; a model that is shown the request's starts from noise."""
+        return None if subject.shown(self.model) else request.image
+
+    def _runs(self, request: Request) -> list[tuple[Stage, samplers.Table]]:
+        """The stages with their tables; they share the steps, and the scales of guidance run over all of them.
+
+        A stage that ends before the step which a picture starts at has nothing to do, and is left out.
+        """
+        stages: list[Stage] = []
+        tables: list[samplers.Table] = []
+        for stage in self.model.stages:
+            steps = request.steps or stage.steps
+            config = samplers.pick(stage.scheduler, request.sampler, image=self._begun(request) is not None)
+            begin, (start, end) = self._first_step(request, steps), stage.span
+            if begin >= end * steps:
+                continue
+            stages.append(stage)
+            table = samplers.compile_table(config, steps, begin=begin, start=start, end=end)
+            tables.append(replace(table, init_scale=1.0) if tables else table)  # what follows takes a sample as it is
+        rows = tuple(row for table in tables for row in table.rows)
+        if request.mask is not None:
+            rows = inpaint.keep(rows)
+        planned = guidance.plan(samplers.Table(rows, 1.0), self._scale(request), request.guidance_interval)
+        guided = iter(planned.rows)
+        return [
+            (stage, replace(table, rows=tuple(islice(guided, len(table.rows)))))
+            for stage, table in zip(stages, tables, strict=True)
+        ]
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[dict[str, Array], list[str]]:
         """Return the text graph's inputs, and for each prompt the words that did not fit."""
@@ -144,10 +194,13 @@ class Pipeline:
             cut = [old or new for old, new in zip(cut, rest, strict=True)]
         return tokens, cut
 
-    def encode_text(self, prompts: Sequence[str]) -> dict[str, Array]:
-        """Return the conditioning tensors of the prompts, each with one row a prompt."""
-        stage = self.model.stages[0]
-        return {} if stage.text is None else run_batched(self._open(stage.text), self.tokenize(prompts)[0])
+    def encode_text(self, prompts: Sequence[str], stage: Stage | None = None) -> dict[str, Array]:
+        """Return a stage's (by default the first one's) conditioning tensors of the prompts, with one row a prompt."""
+        name = (stage or self.model.stages[0]).text
+        if name is None:
+            return {}
+        tokens, _ = self.tokenize(prompts)
+        return run_batched(self._open(name), {t.name: tokens[t.name] for t in self.model.graphs[name].inputs})
 
     def decode(self, sample: Array, request: Request | None = None) -> Array:
         """Turn the loop's last sample into images, float32 [B, 3, H, W] in [0, 1]."""
@@ -171,16 +224,21 @@ class Pipeline:
     def sample_shape(self, request: Request) -> tuple[int, ...]:
         """The shape of one sample [C, h, w] that the request asks for."""
         stage = self.model.stages[0]
-        if request.size is None:
+        factor, fixed, size = stage.factor, self._fixed_size(stage), request.size
+        if size is None and fixed is None and request.image is not None and subject.shown(self.model):
+            height, width = subject.fitting(request.image, stage.multiple)
+            size = (height * factor, width * factor)
+        if size is None:
             return stage.sample
-        factor, fixed = stage.factor, self._fixed_size(stage)
-        if fixed and fixed != tuple(request.size):
+        if max(size) > LONGEST_SIDE:
+            raise DexportError(f"a side of {max(size)} pixels is too long; it may have {LONGEST_SIDE}")
+        if fixed and fixed != tuple(size):
             raise DexportError(
                 f"this bundle makes images of {fixed[0]}x{fixed[1]} pixels; build one with --dynamic-shape for others"
             )
-        if any(side <= 0 or side % factor for side in request.size):
-            raise DexportError(f"a size must be a multiple of {factor} pixels; {request.size} is not")
-        return (stage.sample[0], request.size[0] // factor, request.size[1] // factor)
+        if any(side <= 0 or side % (factor * stage.multiple) for side in size):
+            raise DexportError(f"a size must be a multiple of {factor * stage.multiple} pixels; {size} is not")
+        return (stage.sample[0], size[0] // factor, size[1] // factor)
 
     def _fixed_size(self, stage: Stage) -> tuple[int, int] | None:
         sample = next(t for t in self.model.graphs[stage.denoiser].inputs if t.name == "sample")
@@ -189,38 +247,57 @@ class Pipeline:
         return stage.sample[1] * stage.factor, stage.sample[2] * stage.factor
 
     def _checked(self, request: Request) -> Request:
-        if not request.prompts:
-            raise DexportError("no prompt given")
+        subject.check(self.model, request)
         if request.images < 1:
             raise DexportError(f"images must be 1 or more, not {request.images}")
         if request.steps is not None and request.steps < 1:
             raise DexportError(f"steps must be 1 or more, not {request.steps}")
         if request.seed < 0:
             raise DexportError(f"a seed must be 0 or more, not {request.seed}")
-        strength: Any = STRENGTH if request.strength is None else request.strength
+        strength: Any = self._strength(request)
         rescale: Any = request.guidance_rescale
         for name, value in (("guidance_rescale", rescale), ("strength", strength)):
             if not isinstance(value, Real):
                 raise DexportError(f"{name} must be a number, not {value!r:.80}")
         if request.image is not None and not isinstance(request.image, Image.Image):
             raise DexportError(f"image must be a picture (PIL.Image.open gives one), not {request.image!r:.80}")
+        if request.mask is not None and not isinstance(request.mask, Image.Image):
+            raise DexportError(f"mask must be a picture (PIL.Image.open gives one), not {request.mask!r:.80}")
+        if request.mask is not None and request.image is None:
+            raise DexportError("a mask says where a picture may change; give --image too, or leave it out")
         if not 0 <= rescale <= 1:
             raise DexportError(f"guidance_rescale must be a number from 0 to 1, not {rescale}")
         if not 0 < strength <= 1:
             raise DexportError(f"strength must be above 0 and at most 1, not {strength}")
         if request.strength is not None and request.image is None:
             raise DexportError("strength is how much of a picture may change; give --image too, or leave it out")
-        if len(request.prompts) * request.images > MOST_IMAGES:
-            count = f"{len(request.prompts)} x {request.images}"
+        if (count := subject.count(request)) > MOST_IMAGES:
             raise DexportError(f"{count} images are too many for one call; ask for {MOST_IMAGES} at most")
-        if request.size is not None and max(request.size) > LONGEST_SIDE:
-            raise DexportError(f"a side of {max(request.size)} pixels is too long; it may have {LONGEST_SIDE}")
+        scales = guidance.numbers(self._scale(request))
+        if self.model.stages[0].guidance.kind == "none" and (scales > 1).any():
+            raise DexportError("this model was made to draw without guidance; leave it out")
         if request.guidance_batch not in ("batched", "sequential"):
             raise DexportError(f"guidance_batch is 'batched' or 'sequential', not {request.guidance_batch!r}")
         return request
 
     def _scale(self, request: Request) -> float | Sequence[float]:
         return self.model.stages[0].guidance.scale if request.guidance is None else request.guidance
+
+    def _strength(self, request: Request) -> float:
+        if request.strength is not None:
+            return request.strength
+        own = self.model.stages[0].strength
+        return 1.0 if request.mask is not None else STRENGTH if own is None else own
+
+    def _first_step(self, request: Request, steps: int) -> int:
+        """The step that a picture starts at, as in diffusers: int(strength * steps) steps are made."""
+        if self._begun(request) is None:
+            return 0
+        strength = float(self._strength(request))
+        made = min(int(steps * strength), steps)
+        if not made:
+            raise DexportError(f"a strength of {strength:g} leaves none of {steps} steps; raise one of them")
+        return steps - made
 
     def _pixels(self, request: Request) -> tuple[int, int]:
         """Height and width of the images."""
@@ -233,18 +310,19 @@ class Pipeline:
     ) -> Callable[[Array, float, samplers.Row], Array]:
         """The model as the loop calls it: with the prompt's conditioning, and guided where the row says so."""
         is_guided = stage.guidance.kind == "cfg" and any(row.guidance > 1 for row in table.rows)
-        with_prompt = self._conditioning(stage, request.prompts, request.images)
-        count = len(request.prompts) * request.images
+        with_prompt = self._conditioning(stage, request)
         if is_guided:
-            without = self._conditioning(stage, [request.negative_prompt], count)
+            without = self._conditioning(stage, request, without=True)
             both = {name: np.concatenate([without[name], with_prompt[name]]) for name in with_prompt}
         session = self._open(stage.denoiser)  # after the text graph, which may be closed by now
 
-        def call(sample: Array, t: float, conditioning: Mapping[str, Array]) -> Array:
+        def call(sample: Array, t: float, further: Mapping[str, Array]) -> Array:
             timestep = np.full(len(sample), t, np.float32)
-            return run_batched(session, {"sample": sample, "timestep": timestep, **conditioning})["output"]
+            return run_batched(session, {"sample": sample, "timestep": timestep, **further})["output"]
 
         def model(sample: Array, t: float, row: samplers.Row) -> Array:
+            if stage.guidance.kind == "embedded":
+                return call(sample, t, {**with_prompt, "guidance": np.full(len(sample), row.guidance, np.float32)})
             if not is_guided or row.guidance <= 1:
                 return call(sample, t, with_prompt)
             if request.guidance_batch == "batched":
@@ -259,21 +337,34 @@ class Pipeline:
 
         return model
 
-    def _conditioning(self, stage: Stage, prompts: Sequence[str], repeat: int) -> dict[str, Array]:
-        """Conditioning for the denoiser: each prompt's row ``repeat`` times, and the stage's constant inputs."""
-        rows = {name: np.repeat(value, repeat, axis=0) for name, value in self.encode_text(prompts).items()}
-        for tensor in self.model.graphs[stage.denoiser].inputs:
-            if tensor.name in stage.inputs:
-                value = np.asarray(stage.inputs[tensor.name], tensor.dtype)
-                rows[tensor.name] = np.repeat(value[None], len(prompts) * repeat, axis=0)
-        return rows
+    def _conditioning(self, stage: Stage, request: Request, *, without: bool = False) -> dict[str, Array]:
+        """The denoiser's inputs beside sample and timestep, a row for each picture.
+
+        without: of the negative prompt, or of no class, in place of what the request asks for.
+        """
+        graph, (_, height, width) = self.model.graphs[stage.denoiser], self.sample_shape(request)
+        return {
+            **self._encoded(stage, request, without),
+            **conditioning.constants(stage, graph, self._pixels(request), subject.count(request), negative=without),
+            **subject.conditioning(stage, graph, request, (height, width), without=without),
+        }
+
+    def _encoded(self, stage: Stage, request: Request, without: bool) -> dict[str, Array]:
+        """What the stage's text graph makes of the prompts, or of the negative prompt, a row for each picture."""
+        count = subject.count(request)
+        if stage.text is not None and without and stage.guidance.empty == "zeros" and not request.negative_prompt:
+            outputs = self.model.graphs[stage.text].outputs
+            return {t.name: np.zeros((count, *map(int, t.shape[1:])), t.dtype) for t in outputs}
+        prompts = [request.negative_prompt] if without else request.prompts
+        rows = self.encode_text(prompts, stage)
+        return {name: np.repeat(value, count // len(prompts), axis=0) for name, value in rows.items()}
 
     def _settings(self, request: Request, index: int) -> dict[str, Any]:
         """What makes picture ``index`` again, for its metadata."""
         stage = self.model.stages[0]
         settings: dict[str, Any] = {
-            "prompt": request.prompts[index // request.images],
-            "negative_prompt": request.negative_prompt,
+            **subject.settings(self.model, request, index),
+            **({"negative_prompt": request.negative_prompt} if request.prompts else {}),
             "seed": request.seed + index,
             "steps": request.steps or stage.steps,
             "guidance": _plain(self._scale(request)),
@@ -282,26 +373,11 @@ class Pipeline:
         for name, default in (("guidance_interval", [0.0, 1.0]), ("guidance_rescale", 0.0)):
             if (value := _plain(getattr(request, name))) != default:
                 settings[name] = value
-        if request.image is not None:
-            settings["strength"] = _plain(_strength(request))
+        if self._begun(request) is not None:
+            settings["strength"] = _plain(self._strength(request))
         if self.manifest is not None:
             settings |= {"target": self.manifest.target, "precision": self.manifest.precision}
         return settings
-
-
-def _first_step(request: Request, steps: int) -> int:
-    """The step that a picture starts at, as in diffusers: int(strength * steps) steps are made."""
-    if request.image is None:
-        return 0
-    strength = _strength(request)
-    made = min(int(steps * strength), steps)
-    if not made:
-        raise DexportError(f"a strength of {strength:g} leaves none of {steps} steps; raise one of them")
-    return steps - made
-
-
-def _strength(request: Request) -> float:
-    return STRENGTH if request.strength is None else float(request.strength)
 
 
 def _plain(numbers: Any) -> Any:

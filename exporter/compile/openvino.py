@@ -164,6 +164,7 @@ def _write(
     islands: Collection[tuple[set[str], set[str]]],
 ) -> None:  # fmt: skip
     _reshape_timestep(ov, model)
+    _split_first(ov, model)
     _name_by_place(model)
     kept = _between(model, islands)
     progress(f"{graph.kind}: writing the IR", 0.5)
@@ -213,6 +214,25 @@ def _reshape_timestep(ov: Any, model: Any) -> None:
             reshape = ov.opset13.reshape(before, same_by_one, special_zero=True)
             reshape.set_friendly_name(operation.get_friendly_name())
             after.replace(reshape.output(0))
+
+
+def _split_first(ov: Any, model: Any) -> None:
+    """Split [batch, 2 C] and then make it [batch, C, 1, 1], not the other way round.
+
+    The scale and shift of a norm that goes by the timestep come out of a Split. Where it feeds them right into the
+    norm's arithmetic, OpenVINO 2026.4.1 crashes while it compiles for a CPU with fixed shapes.
+    """
+    for operation in model.get_ordered_ops():
+        before = operation.input_value(0).get_node() if operation.get_type_name() == "Split" else None
+        if before is None or before.get_type_name() != "Unsqueeze":
+            continue
+        axis, added = (value.get_node() for value in (operation.input_value(1), before.input_value(1)))
+        flat = before.input_value(0).get_partial_shape().rank == 2
+        if not flat or added.get_type_name() != "Constant" or sorted(added.data.flatten().tolist()) != [2, 3]:
+            continue
+        split = ov.opset13.split(before.input_value(0), axis.output(0), operation.get_output_size())
+        for index, output in enumerate(operation.outputs()):
+            output.replace(ov.opset13.unsqueeze(split.output(index), added.output(0)).output(0))
 
 
 def _keep_exact(file: Path, kept: Collection[str]) -> None:

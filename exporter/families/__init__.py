@@ -18,7 +18,19 @@ from runtimes.manifest import Kind, Stage, Tensor
 if TYPE_CHECKING:
     from exporter.checkpoint import Checkpoint
 
-PIPELINES = {"StableDiffusionPipeline": "stable_diffusion"}
+PIPELINES = {
+    "ConsistencyModelPipeline": "pixel",
+    "DDIMPipeline": "pixel",
+    "DDPMPipeline": "pixel",
+    "DiTPipeline": "dit",
+    "LDMPipeline": "latent_diffusion",
+    "LDMSuperResolutionPipeline": "latent_diffusion",
+    "LatentConsistencyModelPipeline": "stable_diffusion",
+    "PNDMPipeline": "pixel",
+    "StableDiffusionPipeline": "stable_diffusion",
+    "StableDiffusionXLImg2ImgPipeline": "stable_diffusion_xl",
+    "StableDiffusionXLPipeline": "stable_diffusion_xl",
+}
 """The allow-list: diffusers' pipeline class to the family's file."""
 
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
@@ -53,7 +65,8 @@ class Family(Protocol):
     """What a module in exporter/families offers."""
 
     NAME: str
-    COMPONENTS: Mapping[str, tuple[str, ...]]  # component of the pipeline to the classes that it may have
+    # Component of the pipeline to the classes that it may have; None among them: it need not be there.
+    COMPONENTS: Mapping[str, tuple[str | None, ...]]
 
     def default_shape(self, checkpoint: Checkpoint) -> tuple[int, int]:
         """The checkpoint's own picture size, (height, width) in pixels."""

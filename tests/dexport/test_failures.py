@@ -57,7 +57,6 @@ def build(say: Say, checkpoint: Path, output: Path) -> Said:
         (["build", "x", "-o", "y", "--target", "openvino", "--shape", "8x8", "--dynamic-shape"], "--dynamic-shape"),
         (["build", "x", "-o", "y", "--target", "openvino", "--cache", "z", "--no-cache"], "--no-cache"),
         (["export", "x", "-o", "y", "--shape", "8x8", "--dynamic-shape"], "--dynamic-shape"),
-        (["run", "bundle"], "--prompt"),
         (["run", "bundle", "--prompt", "x", "-o", "picture.jpg"], ".png"),
         (["run", "bundle", "--prompt", "x", "--steps", "0"], "--steps"),
         (["run", "bundle", "--prompt", "x", "--threads", "1000000"], "--threads"),
@@ -234,6 +233,11 @@ def test_a_request_beyond_reason_is_one_line(
 ) -> None:
     refused(say("run", workshop.bundle, "--prompt", "red", "-o", tmp_path / "x.png", *words), part)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_model_takes_is_said(say: Say, workshop: Workshop, tmp_path: Path) -> None:
+    refused(say("run", workshop.bundle, "-o", tmp_path / "x.png"), "no prompt given; give one with --prompt")
+    refused(say("run", workshop.bundle, "--prompt", "red", "--class", "3", "-o", tmp_path / "x.png"), "has no classes")
 
 
 def test_a_picture_of_too_many_pixels_is_said_to_be_too_large(say: Say, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
+XL = ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model.")
+"""Where the text encoders of SDXL are."""
 Named = Iterable[tuple[str, NDArray[Any]]]
 
 RESNET = {
@@ -117,10 +119,14 @@ def configs(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def of_folder(folder: Path) -> dict[str, NDArray[Any]]:
-    """The tensors of a Stable Diffusion 1 folder, all components together."""
+    """The tensors of a folder of Stable Diffusion 1 or XL, all components together."""
     config = configs(folder)
     part = {path.parent.name: load_file(path).items() for path in folder.glob("*/*.safetensors")}
-    named = unet(part["unet"], config["unet"]), vae(part["vae"], config["vae"]), clip(part["text_encoder"])
+    named = [unet(part["unet"], config["unet"]), vae(part["vae"], config["vae"])]
+    if "text_encoder_2" in part:
+        named += [clip(part["text_encoder"], XL[0]), open_clip(part["text_encoder_2"], XL[1])]
+    else:
+        named += [clip(part["text_encoder"])]
     return {name: np.ascontiguousarray(value) for name, value in itertools.chain(*named)}
 
 

@@ -143,6 +143,35 @@ def test_every_weight_is_the_closed_form(form: str, tiny_sd: Path, tmp_path: Pat
     assert not added
 
 
+XL = {
+    "kohya": ("lora_te{}_text_model_encoder_layers_0_self_attn_q_proj.lora_{}.weight", ("down", "up"), (1, 2)),
+    "PEFT": (
+        "text_encoder{}.text_model.encoder.layers.0.self_attn.q_proj.lora_{}.weight", ("A", "B"), ("", "_2")
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", XL)
+def test_both_text_encoders_of_sdxl(form: str, tiny_sdxl: Path, tmp_path: Path) -> None:
+    pattern, sides, names = XL[form]
+    plain, tensors, added = checkpoint.read(tiny_sdxl), {}, {}
+    torch.manual_seed(7)
+    for component, name in zip(("text_encoder", "text_encoder_2"), names, strict=True):
+        weight = {plain.family.rename(component, key): key for key in plain.components[component].entries}
+        end = "encoder.layers.0.self_attn.q_proj.weight"
+        (key,) = (key for renamed, key in weight.items() if str(renamed).endswith(end))
+        down, up = factors(torch.Size(plain.components[component].entries[key].shape))
+        tensors |= {pattern.format(name, side): value for side, value in zip(sides, (down, up), strict=True)}
+        added[component, key] = up @ down
+    save_file(tensors, tmp_path / "style.safetensors")
+    read = checkpoint.read(tiny_sdxl, loras=[f"{tmp_path / 'style.safetensors'}:{SCALE}"])
+    for (component, key), update in added.items():
+        before, after = (
+            torch.from_numpy(one.components[component].entries[key].load()).float() for one in (plain, read)
+        )
+        torch.testing.assert_close(after, before + SCALE * update, rtol=1e-6, atol=1e-6)
+
+
 def test_the_reference_is_merged_and_adapters_add_up(tiny_sd: Path, tmp_path: Path, modules: Any) -> None:
     """Two files, the second taken away: the torch model that the gate compares with has both."""
     added = [write(tmp_path / f"{i}.safetensors", form, modules) for i, form in enumerate(("kohya", "diffusers"))]

@@ -17,19 +17,20 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
-from exporter import checkpoint, handles, hub, single_file, tokenizer
+from exporter import checkpoint, handles, hub, single_file, tokenizer, trace
+from exporter.families import Shape
+from exporter.weights import bind, parameter_shapes
 from runtimes.errors import DexportError
 from runtimes.safetensors import Entry, read_header
 from tests.exporter import ldm
 
-XL = ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model.")
 KINDS = {
     "stable-diffusion-1": {"text_encoder": lambda t: ldm.clip(t)},
     "stable-diffusion-2": {"text_encoder": lambda t: ldm.open_clip(t, "cond_stage_model.model.")},
     "stable-diffusion-2-base": {"text_encoder": lambda t: ldm.open_clip(t, "cond_stage_model.model.")},
     "stable-diffusion-xl": {
-        "text_encoder": lambda t: ldm.clip(t, XL[0]),
-        "text_encoder_2": lambda t: ldm.open_clip(t, XL[1]),
+        "text_encoder": lambda t: ldm.clip(t, ldm.XL[0]),
+        "text_encoder_2": lambda t: ldm.open_clip(t, ldm.XL[1]),
     },
 }
 
@@ -60,13 +61,7 @@ def single(tiny_sd: Path, tmp_path: Path) -> Path:
 
 def test_a_single_file_is_the_folder(single: Path, tiny_sd: Path, tiny_hub: Path, tmp_path: Path) -> None:
     """Every tensor, and the exported graphs byte for byte."""
-    read, folder = checkpoint.read(single, config=tiny_sd), checkpoint.read(tiny_sd)
-    rename = folder.family.rename
-    for name, part in folder.components.items():
-        expected = {rename(name, key): entry for key, entry in part.entries.items()}
-        found = {rename(name, key): entry for key, entry in read.components[name].entries.items()}
-        assert sorted(found) == sorted(expected)
-        assert all(np.array_equal(found[key].load(), entry.load()) for key, entry in expected.items())
+    read = same_tensors(single, tiny_sd)
     hub.export(single, tmp_path / "hub", config=tiny_sd, graphs=["text", "decoder"])
     for graph, end in itertools.product(("text", "decoder"), ("", ".data")):
         path = f"{graph}/model.onnx{end}"
@@ -74,6 +69,24 @@ def test_a_single_file_is_the_folder(single: Path, tiny_sd: Path, tiny_hub: Path
     source = {file.path: file.sha256 for file in read.source()}
     assert source["m.safetensors"] == hashlib.sha256(single.read_bytes()).hexdigest()
     assert {"model_index.json", "unet/config.json", "tokenizer/vocab.json"} < set(source)
+
+
+def same_tensors(single: Path, folder: Path) -> checkpoint.Checkpoint:
+    """What was read of a single file, after each of its tensors was compared with the folder's."""
+    read, expected = checkpoint.read(single, config=folder), checkpoint.read(folder)
+    rename = read.family.rename
+    for name, part in expected.components.items():
+        theirs = {rename(name, key): entry for key, entry in part.entries.items()}
+        ours = {rename(name, key): entry for key, entry in read.components[name].entries.items()}
+        assert sorted(ours) == sorted(theirs)
+        assert all(np.array_equal(ours[key].load(), entry.load()) for key, entry in theirs.items())
+    return read
+
+
+def test_sdxl_in_a_single_file_is_the_folder(tiny_sdxl: Path, tmp_path: Path) -> None:
+    save_file(ldm.of_folder(tiny_sdxl), tmp_path / "xl.safetensors")
+    read = same_tensors(tmp_path / "xl.safetensors", tiny_sdxl)
+    assert set(read.tokenizers) == {"tokenizer", "tokenizer_2"}
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +122,7 @@ def hollow(kind: str, parts: dict[str, dict[str, tuple[int, ...]]], file: Path) 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_configurations_are_those_of_the_full_models(kind: str, modules: Any, tmp_path: Path) -> None:
-    """From a header of full size every parameter of every module gets a tensor of its shape, and none is left."""
+    """From a header of full size every parameter of every module and graph gets a tensor of its shape, none is left."""
     file = hollow(kind, modules[kind], tmp_path / "m.safetensors")
     entries = read_header(file)
     if "-2" in kind:  # nothing in the file says which
@@ -123,6 +136,11 @@ def test_the_configurations_are_those_of_the_full_models(kind: str, modules: Any
     for name, shapes in modules[kind].items():
         plain = {key.removeprefix("text_model."): value.shape for key, value in found[name].items()}
         assert plain == {key.removeprefix("text_model."): shape for key, shape in shapes.items()}
+    read = checkpoint.read(file, config=kind, check=False)
+    size = Shape(*read.family.default_shape(read), free=False)
+    for spec in read.family.specs(read, size).values():
+        wanted = parameter_shapes(trace.build(spec))
+        assert {name: entry.shape for name, entry in bind(read, wanted).items()} == wanted
 
 
 def test_sizes_are_those_that_are_published(modules: Any) -> None:
@@ -148,7 +166,7 @@ def test_open_clip_is_cut_and_turned(tmp_path: Path) -> None:
         torch.nn.init.normal_(value)
     tensors = {name: value.detach().numpy() for name, value in module.named_parameters()}
     file = tmp_path / "m.safetensors"
-    save_file({name: np.ascontiguousarray(v) for name, v in ldm.open_clip(tensors.items(), XL[1])}, file)
+    save_file({name: np.ascontiguousarray(v) for name, v in ldm.open_clip(tensors.items(), ldm.XL[1])}, file)
     found = single_file.convert(file, read_header(file), {"text_encoder_2": config})["text_encoder_2"]
     assert sorted(found) == sorted(tensors)
     assert all(np.array_equal(found[name].load(), value) for name, value in tensors.items())

@@ -10,7 +10,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 from PIL import Image
 
 from dexport.console import open_image
@@ -70,6 +70,36 @@ def test_image_is_that_of_diffusers(
     assert np.abs(pipeline.decode(last.sample) - expected.transpose(0, 3, 1, 2)).max() < LIMIT
 
 
+@pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
+@pytest.mark.parametrize("strength", [0.6, None])
+def test_a_masked_image_is_that_of_diffusers(
+    pipeline: Pipeline, theirs: Any, picture: Image.Image, name: str, strength: float | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (13, 7, 50, 41))
+    noise = noise_source([5], (4, 16, 16))()
+    module = "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_inpaint"
+    monkeypatch.setattr(f"{module}.randn_tensor", lambda *_, **__: torch.from_numpy(noise).float())
+    monkeypatch.setattr(f"{module}.retrieve_latents", lambda output, **_: output.latent_dist.mode())
+    pipe = StableDiffusionInpaintPipeline(**theirs.components, requires_safety_checker=False)
+    pipe.scheduler = getattr(diffusers, name).from_config(theirs.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe(
+        "red apple", image=picture, mask_image=mask, height=64, width=64, strength=strength or 1.0,
+        num_inference_steps=STEPS, guidance_scale=5.0, output_type="np",
+    ).images  # fmt: skip
+    request = Request(
+        ["red apple"], image=picture, mask=mask, strength=strength, steps=STEPS, guidance=5.0, seed=5, sampler=name
+    )
+    *_, last = pipeline.generate(request)
+    assert np.abs(pipeline.decode(last.sample) - expected.transpose(0, 3, 1, 2)).max() < LIMIT
+    kept = np.asarray(mask)[::4, ::4] == 0
+    np.testing.assert_array_equal(
+        last.sample[:, :, kept], np.float64(pipeline.encode(to_array(picture, (64, 64))))[:, :, kept]
+    )
+
+
 def test_strengths_that_leave_nothing_are_refused(pipeline: Pipeline, picture: Image.Image) -> None:
     for strength, words in ((0.05, "leaves none of 8 steps"), (0.0, "above 0"), (1.5, "at most 1")):
         with pytest.raises(DexportError, match=words):
@@ -112,6 +142,13 @@ def test_a_16_bit_png_is_grey(tmp_path: Path) -> None:
 
 
 def test_what_is_no_picture_is_refused(pipeline: Pipeline, picture: Image.Image) -> None:
-    for settings, words in (({"image": "grey.png"}, "must be a picture"), ({"strength": "x"}, "must be a number")):
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"image": "grey.png"}, "must be a picture"),
+        ({"strength": "x"}, "must be a number"),
+        ({"mask": "grey.png"}, "mask must be a picture"),
+        ({"mask": Image.new("L", (64, 64))}, "black all over"),
+        ({"mask": picture, "image": None}, "give --image too"),
+    ]
+    for settings, words in wrong:
         with pytest.raises(DexportError, match=words):
             next(pipeline.generate(Request(["red"], steps=STEPS, **({"image": picture} | settings))))

@@ -10,18 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tokenizers
 
 from runtimes.errors import DexportError
 from runtimes.manifest import Graph, Guidance, Model, Stage, Tensor, Tokenizer
 from runtimes.pipeline import Pipeline, Request
 from runtimes.session import run_batched
+from tests.tiny import write_words
 
 SCHEDULER = {
     "_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
     "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1,
 }  # fmt: skip
-WORDS = ["<s>", "</s>", "red", "green", "apple", "on", "a", "table"]
 
 
 class Text:
@@ -62,13 +61,7 @@ def denoiser() -> Denoiser:
 
 @pytest.fixture
 def pipeline(tmp_path: Path, denoiser: Denoiser) -> Pipeline:
-    vocab = {word: index for index, word in enumerate(WORDS)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="a"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        "<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
-    )
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    write_words(tmp_path / "tokenizer.json")
     sample = Tensor("sample", "float32", ("batch", 4, 8, 8))
     hidden = Tensor("hidden", "float32", ("batch", 1))
     image = Tensor("image", "float32", ("batch", 3, 32, 32))

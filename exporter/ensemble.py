@@ -1,0 +1,145 @@
+"""Two checkpoints as one model: a base that draws out of noise, and a refiner that goes on from a point of the way.
+
+Podell et al., "SDXL" (2023), https://arxiv.org/abs/2307.01952, section 2.5; Balaji et al., "eDiff-I" (2022),
+https://arxiv.org/abs/2211.01324. The refiner's graphs and tokenizers have names of their own, so nothing of the two
+has to be alike but the latents that go from one to the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from exporter import checkpoint as checkpoints
+from exporter.checkpoint import Checkpoint
+from exporter.families import Shape, Spec
+from runtimes import samplers, subject
+from runtimes.errors import DexportError, Progress, silent
+from runtimes.manifest import File, Stage
+
+HANDOVER = 0.8  # of the way from noise to picture; diffusers' documentation of SDXL, where the refiner begins
+PREFIX = "refiner_"
+# Of an autoencoder: what makes its latents those of another one.
+LATENTS = ("latent_channels", "scaling_factor", "shift_factor", "latents_mean", "latents_std")
+
+
+def read(
+    path: Path | str,
+    refiner: Path | str | None = None,
+    *,
+    config: Path | str | None = None,
+    loras: Sequence[Path | str] = (),
+    clip_skip: int = 1,
+    progress: Progress = silent,
+) -> Checkpoint:
+    """Read a checkpoint and the one that refines what it draws, if any; ``stages`` finds whether they fit.
+
+    ``config``, ``loras`` and ``clip_skip`` are of the first one, as in ``exporter.checkpoint.read``.
+    """
+    base = checkpoints.read(Path(path), config=config, loras=loras, clip_skip=clip_skip, progress=progress)
+    return base if refiner is None else replace(base, refiner=checkpoints.read(Path(refiner), progress=progress))
+
+
+def with_sampler(checkpoint: Checkpoint, sampler: str | None) -> Checkpoint:
+    """The checkpoint, and its refiner, with ``sampler`` in place of their own; DexportError for one that has no use."""
+    second = checkpoint.refiner
+    return replace(
+        checkpoint,
+        scheduler=samplers.choose(checkpoint.scheduler, sampler),
+        refiner=with_sampler(second, sampler) if second is not None else None,
+    )
+
+
+def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
+    """The graphs of a checkpoint by name, its refiner's among them; what lies between the two is left out."""
+    own = checkpoint.family.specs(checkpoint, shape)
+    if checkpoint.refiner is None:
+        return own
+    unused = {stage.decoder for stage in checkpoint.family.stages(checkpoint, shape)}
+    made = {name: spec for name, spec in own.items() if name not in unused}
+    second = checkpoint.refiner
+    unused = {stage.encoder for stage in second.family.stages(second, shape)}
+    for name, spec in second.family.specs(second, shape).items():
+        if spec.kind == "text":
+            spec = replace(spec, inputs=tuple(replace(t, name=f"{PREFIX}{t.name}") for t in spec.inputs))
+        if name not in unused:
+            made[f"{PREFIX}{name}"] = spec
+    return made
+
+
+def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
+    """The loops of a checkpoint and its refiner, with graphs named as in ``specs``.
+
+    Raises DexportError for two checkpoints of which one cannot go on with what the other made.
+    """
+    own = checkpoint.family.stages(checkpoint, shape)
+    if checkpoint.refiner is None:
+        return own
+    second = checkpoint.refiner
+    if len(own) != 1 or own[0].strength is not None:
+        raise DexportError(f"{checkpoint.path}: a {checkpoint.pipeline} does not draw from noise; give the base first")
+    (first,), (last,) = own, second.family.stages(second, shape)
+    _check(checkpoint, second, first, last)
+    return (
+        replace(first, decoder=None, span=(0.0, HANDOVER)),
+        replace(
+            last,
+            name="refiner",
+            denoiser=f"{PREFIX}{last.denoiser}",
+            text=last.text and f"{PREFIX}{last.text}",
+            decoder=last.decoder and f"{PREFIX}{last.decoder}",
+            encoder=None,
+            steps=first.steps,
+            strength=None,
+            span=(HANDOVER, 1.0),
+        ),
+    )
+
+
+def owner(checkpoint: Checkpoint, graph: str) -> Checkpoint:
+    """The checkpoint whose weights a graph of ``specs`` has."""
+    if checkpoint.refiner is not None and graph.startswith(PREFIX):
+        return checkpoint.refiner
+    return checkpoint
+
+
+def token_inputs(checkpoint: Checkpoint) -> dict[str, tuple[Path, str, int]]:
+    """The tokenizers by their folder in a bundle: folder in the checkpoint, input of the text graph, and length."""
+    found = {}
+    for part, prefix, ending in ((checkpoint, "", ""), (checkpoint.refiner, PREFIX, "_refiner")):
+        if part is None:
+            continue
+        for name, (input_, length) in part.family.token_inputs(part).items():
+            # "tokenizer_2_refiner": a bundle's folder of a tokenizer begins with that word
+            found[f"{name}{ending}"] = (part.tokenizers[name], f"{prefix}{input_}", length)
+    return found
+
+
+def source(checkpoint: Checkpoint) -> tuple[File, ...]:
+    """The files that an export depends on; the refiner's in a folder of that name."""
+    own = checkpoint.source()
+    if checkpoint.refiner is None:
+        return own
+    return own + tuple(replace(file, path=f"refiner/{file.path}") for file in checkpoint.refiner.source())
+
+
+def _check(base: Checkpoint, refiner: Checkpoint, first: Stage, last: Stage) -> None:
+    """The two must speak of the same latents and of the same noise."""
+    if (first.sample, first.factor) != (last.sample, last.factor):
+        raise DexportError(f"{refiner.path}: its latents are {last.sample}, those of {base.path} {first.sample}")
+    if not subject.alike(first, last):
+        raise DexportError(f"{refiner.path}: it does not take the same prompts or classes as {base.path}")
+    for option in LATENTS:
+        pair = [part.components["vae"].config.get(option) for part in (base, refiner) if "vae" in part.components]
+        if len(pair) == 2 and pair[0] != pair[1]:
+            raise DexportError(
+                f"{refiner.path}: {option} of its autoencoder is {pair[1]!r:.60}, that of {base.path} "
+                f"{pair[0]!r:.60}; a refiner goes on with the base's latents"
+            )
+    names = [stage.scheduler["_class_name"] for stage in (first, last)]
+    if names[0] != names[1]:
+        raise DexportError(
+            f"{refiner.path}: its scheduler is {names[1]}, that of {base.path} {names[0]}; name one for both with "
+            "--sampler"
+        )

@@ -1,0 +1,279 @@
+"""What several families are made of: CLIP text encoders, the conditional UNet, the KL autoencoder.
+
+Their builders, the graphs around the autoencoder, and readings of their configs that say what is wrong with a value.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from exporter.families import Shape, Spec
+from runtimes.errors import DexportError
+from runtimes.manifest import Guidance, Tensor
+
+if TYPE_CHECKING:
+    from exporter.checkpoint import Checkpoint
+
+Config = Mapping[str, Any]
+SIDE = 65536  # the largest picture, latent, width or length that a config may ask for
+BLOCKS = 10  # of a UNet or an autoencoder; the largest of them have 7
+LARGEST = 1e6  # magnitude of what latents are scaled and shifted by
+LEARNED = ("learned", "learned_range")  # variance_type of schedulers that take it from the model
+# Names of attention in autoencoders and unconditional UNets before diffusers 0.14, and those of today.
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """The tensors of a picture and of its latents, and the sizes to trace them with."""
+
+    channels: int  # of the latents
+    factor: int  # pixels of the picture for each latent
+    sample: Tensor
+    image: Tensor
+    latent_sizes: Mapping[str, int]
+    # A UNet that meets sizes which its downsampling does not divide upsamples to the size of each skip connection,
+    # which is right for all sizes; traced with sizes that it does divide, it would only ever double.
+    odd_sizes: Mapping[str, int]
+    pixel_sizes: Mapping[str, int]
+
+
+def canvas(checkpoint: Checkpoint, shape: Shape) -> Canvas:
+    """The canvas of a checkpoint with a KL autoencoder; DexportError for a size that has no whole latents."""
+    vae = checkpoint.components["vae"].config
+    latent_scale("vae", vae)  # a scale that makes no sense is said now, not after the other graphs
+    return draw_canvas(whole("vae", vae, "latent_channels", 4), pixels_per_latent(checkpoint), shape)
+
+
+def draw_canvas(channels: int, factor: int, shape: Shape) -> Canvas:
+    """The canvas of latents with these channels, each of ``factor`` pixels a side."""
+    if shape.height % factor or shape.width % factor or min(shape.height, shape.width) < factor:
+        raise DexportError(f"{shape.height}x{shape.width} pixels: this model needs multiples of {factor}")
+    height, width = shape.height // factor, shape.width // factor
+    small = ("height", "width") if shape.free else (height, width)
+    large = ("image_height", "image_width") if shape.free else (shape.height, shape.width)
+    return Canvas(
+        channels,
+        factor,
+        Tensor("sample", "float32", ("batch", channels, *small)),
+        Tensor("image", "float32", ("batch", 3, *large)),
+        {"height": height, "width": width},
+        {"height": height | 1, "width": width | 1},
+        {"image_height": shape.height, "image_width": shape.width},
+    )
+
+
+def autoencoder(checkpoint: Checkpoint, drawn: Canvas) -> dict[str, Spec]:
+    """The decoder and the encoder of a KL autoencoder."""
+    config = checkpoint.components["vae"].config
+    build = {"vae": lambda: build_vae(config)}
+    return {
+        "decoder": Spec("decoder", build, decode, (drawn.sample,), (drawn.image,), drawn.latent_sizes),
+        "encoder": Spec("encoder", build, encode, (drawn.image,), (drawn.sample,), drawn.pixel_sizes),
+    }
+
+
+def decode(modules: Any, sample: Any) -> Any:
+    """Latents [B, C, h, w] to a picture in [0, 1]: [B, 3, H, W]."""
+    scale, shift = _own_scale(modules.vae)
+    image = modules.vae.decode(sample / scale + shift, return_dict=False)[0]  # in [-1, 1], and a little beyond
+    return (image / 2 + 0.5).clamp(0, 1)
+
+
+def encode(modules: Any, image: Any) -> Any:
+    """A picture in [0, 1], [B, 3, H, W], to the mode of its latents' distribution: [B, C, h, w]."""
+    scale, shift = _own_scale(modules.vae)
+    return (modules.vae.encode(image * 2 - 1, return_dict=False)[0].mode() - shift) * scale
+
+
+def _own_scale(vae: Any) -> tuple[Any, Any]:
+    """The scale and shift of an autoencoder from ``build_vae``: numbers, or buffers with one for each channel."""
+    if hasattr(vae, "channel_scale"):
+        return vae.channel_scale, vae.channel_shift
+    return latent_scale("vae", vae.config)
+
+
+def latent_scale(component: str, config: Config) -> tuple[Any, Any]:
+    """The loop's latents are (vae latents − shift) · scale: two numbers, or two lists with one for each channel.
+
+    ``scaling_factor`` 0.18215 is the paper's, and diffusers' default; ``latents_mean`` and ``latents_std`` make each
+    channel normal before.
+    """
+    scale, shift = (
+        number(component, config, "scaling_factor", 0.18215),
+        number(component, config, "shift_factor", 0.0),
+    )
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None or std is None:
+        return scale, shift
+    channels = whole(component, config, "latent_channels", 4)
+    for name, values in (("latents_mean", mean), ("latents_std", std)):
+        fits = isinstance(values, list | tuple) and len(values) == channels
+        if not fits or not all(type(v) in (int, float) and abs(v) <= LARGEST for v in values):
+            raise DexportError(f"{component}/config.json: {name}={values!r:.60} must be {channels} usable numbers")
+    if min(std) <= 0:
+        raise DexportError(f"{component}/config.json: latents_std={std!r:.60} must be above 0")
+    return [scale / deviation for deviation in std], [float(value) for value in mean]
+
+
+def number(component: str, config: Config, name: str, default: float) -> float:
+    """A config's number; DexportError for what is none, and for a scale that is not above 0."""
+    value = config.get(name)
+    if value is None:
+        value = default
+    # A scale of 0 would erase every picture, and the decoder divides by it.
+    if type(value) not in (int, float) or not abs(value) <= LARGEST or (name == "scaling_factor" and value <= 0):
+        raise DexportError(f"{component}/config.json: {name}={value!r:.60} is not a usable number")
+    return float(value)
+
+
+def whole(component: str, config: Config, name: str, default: int) -> int:
+    """A config's whole number from 1; DexportError for what is none."""
+    value = config.get(name)
+    if value is None:
+        value = default
+    if type(value) is not int or not 1 <= value <= SIDE:
+        raise DexportError(f"{component}/config.json: {name}={value!r:.60} must be a whole number from 1 to {SIDE}")
+    return value
+
+
+def sides(component: str, name: str, value: Any) -> tuple[int, int]:
+    """Height and width, which a config has as one number or as two."""
+    pair = value if isinstance(value, list) else [value, value]
+    if len(pair) != 2 or not all(type(side) is int and 1 <= side <= SIDE for side in pair):
+        raise DexportError(
+            f"{component}/config.json: {name}={value!r:.60} must be a whole number from 1 to {SIDE}, or two of them"
+        )
+    return pair[0], pair[1]
+
+
+def blocks(component: str, config: Config, default: Sequence[int]) -> list[int]:
+    """The channels of each block of a UNet or an autoencoder; it halves the picture between two of them."""
+    value = config.get("block_out_channels", list(default))
+    if not isinstance(value, list) or not 1 <= len(value) <= BLOCKS or any(type(n) is not int or n < 1 for n in value):
+        raise DexportError(
+            f"{component}/config.json: block_out_channels={value!r:.60} must be a list of 1 to {BLOCKS} whole numbers "
+            "from 1"
+        )
+    return value
+
+
+def default_shape(checkpoint: Checkpoint) -> tuple[int, int]:
+    """The picture size, (height, width) in pixels, of a checkpoint whose UNet says its latents'."""
+    height, width = sides("unet", "sample_size", checkpoint.components["unet"].config.get("sample_size") or 64)
+    factor = pixels_per_latent(checkpoint)
+    return height * factor, width * factor
+
+
+def pixels_per_latent(checkpoint: Checkpoint, component: str = "vae") -> int:
+    """Pixels of the picture for each latent: the autoencoder halves between its blocks."""
+    return int(1 << (len(blocks(component, checkpoint.components[component].config, [64])) - 1))
+
+
+def check_channels(config: Config, channels: int) -> None:
+    """Raise DexportError for a UNet that takes or gives something else than the autoencoder's ``channels``."""
+    if config.get("in_channels", 4) != channels or config.get("out_channels", 4) != channels:
+        raise DexportError(
+            f"unet/config.json: {config.get('in_channels', 4)} channels in and {config.get('out_channels', 4)} out "
+            f"where the autoencoder has {channels}; inpainting and upscaling models are not supported"
+        )
+
+
+def tokens(checkpoint: Checkpoint, component: str, name: str) -> Tensor:
+    """The token ids that a text encoder takes: as many as it has positions."""
+    config = checkpoint.components[component].config
+    return Tensor(name, "int64", ("batch", whole(component, config, "max_position_embeddings", 77)))
+
+
+def guidance(config: Config, scale: float) -> Guidance:
+    """Classifier-free guidance, or one call where the UNet was distilled to know the scale."""
+    return Guidance("cfg" if config.get("time_cond_proj_dim") is None else "embedded", scale)
+
+
+def further_inputs(config: Config) -> tuple[Tensor, ...]:
+    """The input of a UNet that was distilled to know the scale of guidance."""
+    if config.get("time_cond_proj_dim") is None:
+        return ()
+    whole("unet", config, "time_cond_proj_dim", 256)
+    return (Tensor("guidance", "float32", ("batch",)),)
+
+
+def guidance_embedding(unet: Any, scale: Any) -> Any:
+    """Scales of guidance [B] to the ``timestep_cond`` of a distilled UNet: [B, time_cond_proj_dim].
+
+    Luo et al., "Latent Consistency Models" (2023), https://arxiv.org/abs/2310.04378, count from a scale of 0 where the
+    user's, like diffusers', counts from 1: w = scale − 1.
+    """
+    import torch
+
+    angles = (scale[:, None] - 1) * 1000 * unet.guidance_frequencies
+    embedded = torch.cat([angles.sin(), angles.cos()], dim=1)
+    return torch.nn.functional.pad(embedded, (0, unet.config.time_cond_proj_dim % 2))
+
+
+def rename(component: str, name: str) -> str | None:
+    """Today's module name of a checkpoint's tensor; None for position ids, which are no weights.
+
+    transformers dropped the level "text_model." from CLIPTextModel; the checkpoints have it, and the class with a
+    projection ("text_encoder_2") keeps it. diffusers gave the autoencoder's attention its present names in 0.14.
+    """
+    if name.endswith("embeddings.position_ids"):
+        return None
+    if component == "text_encoder":
+        return name.removeprefix("text_model.")
+    if component == "vae":
+        return rename_attention(name)
+    return name
+
+
+def rename_attention(name: str) -> str:
+    """Today's name of a tensor of an attention that may have its name from before diffusers 0.14."""
+    return re.sub(
+        r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.",
+        lambda match: f"{match[1]}{OLD_ATTENTION[match[2]]}.",
+        name,
+    )
+
+
+def build_text(config: Config) -> Any:
+    """A CLIP text encoder of this config.json."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(CLIPTextConfig.from_dict(dict(config)))
+
+
+def build_projected_text(config: Config) -> Any:
+    """A CLIP text encoder of this config.json that also gives its projected, pooled state."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    return CLIPTextModelWithProjection(CLIPTextConfig.from_dict(dict(config)))
+
+
+def build_unet(config: Config) -> Any:
+    """A UNet of this config.json; with the frequencies of ``guidance_embedding`` if it knows the scale of guidance."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_config(dict(config))
+    if unet.config.time_cond_proj_dim is not None:
+        half = unet.config.time_cond_proj_dim // 2
+        steps = torch.arange(half, dtype=torch.float32) * -(math.log(10000.0) / max(half - 1, 1))
+        unet.register_buffer("guidance_frequencies", steps.exp(), persistent=False)
+    return unet
+
+
+def build_vae(config: Config) -> Any:
+    """An autoencoder of this config.json, with the scale and shift of each channel where it has them."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_config(dict(config))
+    scale, shift = latent_scale("vae", config)
+    if isinstance(scale, list):
+        for name, values in (("channel_scale", scale), ("channel_shift", shift)):
+            vae.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
+    return vae

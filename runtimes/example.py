@@ -1,0 +1,55 @@
+"""Requests that suit a model whatever it takes: for the proof of a bundle, its timing and its calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from runtimes import subject
+from runtimes.manifest import Model
+from runtimes.pipeline import Request
+
+PROMPT = "a red apple"
+PATCHES = 8  # of colour along each side of a picture that is shown: what is smaller is the model's to invent
+
+
+def subjects(model: Model, count: int) -> tuple[str, ...]:
+    """Names for ``count`` different pictures: classes spread over all, or else the pictures' numbers.
+
+    The model must be one without prompts: which to take is for whoever knows what they are for.
+    """
+    labels = model.stages[0].labels
+    if labels is None:
+        return tuple(f"picture {index + 1}" for index in range(count))
+    return tuple(str(round(place)) for place in np.linspace(0, labels.count - 1, count))
+
+
+def first(model: Model) -> str:
+    """The subject that one picture is enough of."""
+    return PROMPT if model.stages[0].text is not None else subjects(model, 1)[0]
+
+
+def request(model: Model, names: str | Sequence[str], **settings: Any) -> Request:
+    """A request for a subject or several: prompts, classes, or names that only count where there is neither.
+
+    A model that is shown a picture gets one of smooth colours; the same for the same seed.
+    """
+    stage, every = model.stages[0], [names] if isinstance(names, str) else list(names)
+    if stage.text is not None:
+        settings["prompts"] = every
+    elif stage.labels is not None:
+        settings["labels"] = every
+    else:
+        settings["images"] = len(every) * settings.get("images", 1)
+    if subject.shown(model):
+        settings["image"] = _colours(settings.get("seed", 0), stage.sample[1:])
+    return Request(**settings)
+
+
+def _colours(seed: int, size: tuple[int, ...]) -> Image.Image:
+    random = np.random.Generator(np.random.Philox(seed))
+    pixels = random.integers(0, 256, (PATCHES, PATCHES, 3), np.uint8)
+    return Image.fromarray(pixels).resize((size[1], size[0]), Image.Resampling.BICUBIC)

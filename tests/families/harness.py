@@ -1,0 +1,160 @@
+"""One test for every family: a checkpoint is built, and its bundles draw what diffusers' own pipeline draws.
+
+A family is a row of ``tests/families/test_families.py``: how to make a small checkpoint, and what to ask of it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from numpy.typing import NDArray
+from PIL import Image
+
+from exporter.build import build
+from exporter.ensemble import HANDOVER
+from runtimes import subject
+from runtimes.pipeline import Pipeline, Request
+
+Array = NDArray[Any]
+SEED = 11
+
+
+@dataclass(frozen=True)
+class Family:
+    """A row: ``make`` writes the checkpoint into a folder; ``asked`` are fields of ``Request``, ``theirs`` what
+    diffusers' pipeline is asked for beside them, ``built`` further words for ``build``."""
+
+    name: str
+    make: Callable[[Path], Any]
+    asked: Mapping[str, Any]
+    theirs: Mapping[str, Any] = field(default_factory=dict)
+    built: Mapping[str, Any] = field(default_factory=dict)
+    refiner: Callable[[Path], Any] | None = None  # makes a second checkpoint, which goes on with what the first draws
+
+
+@dataclass(frozen=True)
+class Made:
+    """A family's checkpoint, hub and bundles by backend, and what diffusers draws: last latents and pictures."""
+
+    family: Family
+    checkpoint: Path
+    hub: Path
+    bundles: Mapping[str, Path]
+    latents: Array
+    pictures: Array
+
+
+def make(family: Family, folder: Path) -> Made:
+    """Build the family's bundles for ONNX Runtime and OpenVINO, and draw with diffusers."""
+    family.make(folder / "checkpoint")
+    hub, targets, refiner = folder / "hub", ("onnxruntime", "openvino"), None
+    if family.refiner is not None:
+        refiner = folder / "refiner"
+        family.refiner(refiner)
+    built = build(
+        folder / "checkpoint", folder / "bundles", targets=targets, keep_hub=hub, refiner=refiner, **family.built
+    )
+    latents, pictures = draw_theirs(family, folder / "checkpoint", refiner)
+    bundles = {item.target: item.folder for item in built}
+    return Made(family, folder / "checkpoint", hub, bundles, latents, pictures)
+
+
+def draw(pipeline: Pipeline, request: Request) -> tuple[Array, Array]:
+    """The last latents and the pictures of a bundle."""
+    noise = draws((subject.count(request), *pipeline.sample_shape(request)))
+    *_, last = pipeline.generate(request, noise)
+    return last.sample, pipeline.decode(last.sample)
+
+
+def ours(pipeline: Pipeline, request: Request) -> Array:
+    """The pictures [B, 3, H, W] of a bundle."""
+    return draw(pipeline, request)[1]
+
+
+def theirs(folder: Path, **settings: Any) -> Array:
+    """The pictures [B, 3, H, W] of diffusers' own pipeline, in fp32, with the same noise."""
+    pipe = _open(folder)
+    with same_noise():
+        pictures = pipe(output_type="np", **settings).images
+    return np.asarray(pictures).transpose(0, 3, 1, 2)
+
+
+def draw_theirs(family: Family, folder: Path, refiner: Path | None = None) -> tuple[Array, Array]:
+    """The last latents and the pictures of diffusers' own pipelines, in fp32, with the same noise as ``draw``."""
+    pipe = _open(folder)
+    asked, kept = dict(family.asked), []
+    words = {
+        "prompt": list(asked["prompts"]), "num_inference_steps": asked["steps"], "output_type": "np",
+        "guidance_scale": asked.get("guidance", 0.0), **family.theirs,
+    }  # fmt: skip
+    if "image" in asked:
+        words |= {"image": encode(pipe.vae, asked["image"]), "strength": asked["strength"]}
+
+    def keep(pipe: Any, index: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:
+        kept.append(values["latents"])
+        return values
+
+    with same_noise():
+        if refiner is not None:
+            words["image"] = pipe(**words | {"output_type": "latent", "denoising_end": HANDOVER}).images
+            pipe, words["denoising_start"] = _open(refiner), HANDOVER
+        pictures = pipe(**words, callback_on_step_end=keep).images
+    return kept[-1].numpy(), pictures.transpose(0, 3, 1, 2)
+
+
+def _open(folder: Path) -> Any:
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def encode(vae: Any, image: Image.Image) -> torch.Tensor:
+    """The mode of a picture's latents, which pipelines take for a picture; they would draw from the distribution."""
+    pixels = torch.from_numpy(np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 127.5 - 1)
+    with torch.no_grad():
+        latents = vae.encode(pixels).latent_dist.mode()
+    mean, std = (torch.tensor(vae.config[name] or fill).reshape(-1, 1, 1) for name, fill in NORMAL.items())
+    return (latents - mean) * vae.config.scaling_factor / std
+
+
+NORMAL = {"latents_mean": [0.0], "latents_std": [1.0]}
+
+
+def draws(shape: tuple[int, ...]) -> Callable[[], Array]:
+    """A source of standard normal noise that gives the same draws each time it is made."""
+    stream = np.random.default_rng(SEED)
+    return lambda: stream.standard_normal(shape)
+
+
+@contextmanager
+def same_noise() -> Any:
+    """Let diffusers draw its noise from ``draws``: every module that took ``randn_tensor`` by name."""
+    source: dict[tuple[int, ...], Callable[[], Array]] = {}
+
+    def randn(shape: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        shape = tuple(shape)
+        return torch.from_numpy(source.setdefault(shape, draws(shape))()).float()
+
+    users = [m for n, m in list(sys.modules.items()) if n.startswith("diffusers.") and "randn_tensor" in vars(m)]
+    kept = [module.randn_tensor for module in users]
+    try:
+        for module in users:
+            module.randn_tensor = randn
+        yield
+    finally:
+        for module, function in zip(users, kept, strict=True):
+            module.randn_tensor = function
+
+
+def picture(side: int = 32) -> Image.Image:
+    """A picture of smooth random colours."""
+    small = np.random.default_rng(SEED).integers(0, 256, (8, 8, 3), np.uint8)
+    return Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC)

@@ -1,0 +1,71 @@
+"""Every family: what its bundles draw is what diffusers' own pipeline draws from the same noise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from exporter import compile as compilers
+from exporter import hub
+from exporter.inspect import inspect
+from runtimes.accuracy import psnr
+from runtimes.bench import bench
+from runtimes.bundle import verify
+from runtimes.pipeline import Pipeline, Request
+from runtimes.session import backend
+from runtimes.target import Target
+from tests.families.harness import Family, Made, draw, make, picture
+from tests.families.small import latent_consistency, refiner, sd_2, sdxl, sdxl_turbo
+
+# torch's arrays and numpy's newest differ on this inside of diffusers.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+
+LATENTS = 1e-3  # largest difference; both sides round what goes into each call of the model to float32
+PICTURES = 45.0  # dB
+PROMPTS = ("red apple", "a")
+
+
+FAMILIES = [
+    Family("sd-2", sd_2, {"prompts": PROMPTS, "steps": 4, "guidance": 6.0}),
+    Family("sdxl-refined", sdxl, {"prompts": PROMPTS, "steps": 6, "guidance": 6.0}, refiner=refiner),
+    Family("sdxl-turbo", sdxl_turbo, {"prompts": PROMPTS, "steps": 2}, built={"guidance": 0, "steps": 2}),
+    Family("refiner", refiner, {"prompts": PROMPTS, "steps": 8, "strength": 0.5, "guidance": 6.0, "image": picture()}),
+    Family("lcm", latent_consistency, {"prompts": PROMPTS, "steps": 3, "guidance": 6.0}),
+]
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.name)
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return make(request.param, tmp_path_factory.mktemp(request.param.name))
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_bundle_draws_what_diffusers_draws(made: Made, name: str) -> None:
+    latents, pictures = draw(Pipeline.load(made.bundles[name]), Request(**made.family.asked))
+    assert np.abs(latents - made.latents).max() <= LATENTS
+    assert psnr(made.pictures, pictures) >= PICTURES
+    assert np.std(made.pictures) > 0.01 and np.std(latents[0] - latents[-1]) > 0.01  # else anything would agree
+
+
+def test_bundle_proves_itself(made: Made) -> None:
+    """Golden outputs of every graph, whichever checkpoint it is of; and it is timed and described."""
+    folder = made.bundles["onnxruntime"]
+    checks, found = verify(folder), inspect(folder)
+    assert all(check.passed for check in checks)
+    assert {check.graph for check in checks} == set(found["graphs"]) == set(bench(folder, repeats=1)["graphs"])
+    assert ("stages" in found) == (made.family.refiner is not None)
+
+
+def test_engine_of_the_denoiser_is_built(made: Made, tmp_path: Path) -> None:
+    if backend("tensorrt").version() is None:
+        pytest.skip("TensorRT is not installed")
+    model = hub.load(made.hub)
+    for stage in model.stages:
+        graph = model.graphs[stage.denoiser]
+        (tmp_path / stage.denoiser).mkdir()
+        built = compilers.compile_graph(
+            made.hub / graph.file, graph, tmp_path / stage.denoiser, Target.parse("tensorrt:sm89"), "fp32"
+        )
+        assert (tmp_path / built.file).stat().st_size > 10_000
