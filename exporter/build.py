@@ -119,8 +119,8 @@ def build(
                 text = report.render(compiled, str(target), precision, recipe, proof, reference)
                 (partial / "report.html").write_text(text, encoding="utf-8")
                 manifest = _write_manifest(partial, compiled, target, precision, recipe, proof.accuracy)
-            size = sum(file.size for file in manifest.files)
-            built.append(Built(str(target), precision, folder, size, proof.accuracy, proof.seconds))
+            total = sum(file.size for file in manifest.files)
+            built.append(Built(str(target), precision, folder, total, proof.accuracy, proof.seconds))
     progress("done", 1.0)
     return built
 
