@@ -4,8 +4,9 @@ Both sides are measured: the noise that each block makes in the output, and the 
 target. Layers that 8 bits make no faster stay in floating point from the start. Then blocks are kept in floating
 point by their noise for a second saved, the greatest first, as few as will do. How many is found by halving, and each
 try is a real build on the real target, whose pictures are judged. Noise of independent blocks adds up, so keeping one
-more never makes pictures worse; and where noise and seconds do add up, this order is within one block of the fastest
-assignment of all (Dantzig 1957, on the knapsack problem). Since seconds may not, the good tries race in the end.
+more makes pictures better, but for what a few pictures cannot tell; and where noise and seconds do add up, this order
+is within one block of the fastest assignment of all (Dantzig 1957, on the knapsack problem). Since seconds may not, the
+good tries race in the end.
 """
 
 from __future__ import annotations
@@ -114,9 +115,10 @@ def search(
             made[count] = Attempt(tuple(order[:count]), costs.slow, attempt(keep))
         return made[count].quality.median >= budget.psnr
 
-    if not is_good(len(order)):
+    most = len(order) - 1  # what has nothing in 8 bits is no quantized model
+    if most < 0 or not is_good(most):
         raise _missed(budget, [first, *made.values()], costs, len(order))
-    low, high = -1 if costs.slow else 0, len(order)  # low is known not to be enough; -1: all in 8 bits, slow ones too
+    low, high = -1 if costs.slow else 0, most  # low is known not to be enough; -1: all in 8 bits, slow ones too
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if is_good(middle) else (middle, high)
@@ -132,9 +134,10 @@ def search(
 def _missed(budget: Budget, attempts: list[Attempt], costs: Costs, blocks: int) -> GateError:
     best = max(attempts, key=lambda one: one.quality.median)
     total = sum(costs.share(name) for name in costs.noise) or 1.0
-    costly = sorted(costs.noise, key=costs.share, reverse=True)[:3]
+    free = [name for name in costs.noise if name not in costs.slow]
+    costly = sorted(free, key=costs.share, reverse=True)[:3]
     return GateError(
-        f"the budget of {budget.psnr:g} dB cannot be met: the best found has {best.quality.median:.1f} dB, with "
+        f"the budget of {budget.psnr:g} dB cannot be met: the best found has {best.quality.median:.2f} dB, with "
         f"{len(best.blocks)} of {blocks} blocks in floating point (most costly in 8 bits, by their share of the noise: "
         f"{', '.join(f'{name} {costs.share(name) / total:.0%}' for name in costly)}); this bundle was not written; "
         "lower the budget, or build in a floating-point precision"

@@ -109,13 +109,15 @@ class Statistics:
 def load(file: Path, source: str) -> Statistics:
     """Read statistics that were taken of the graph with hash ``source``; DexportError for any others."""
     header = read_header(file)
-    if ABOUT not in header or any(kind not in (*KINDS, ABOUT) for kind in (name.partition("/")[0] for name in header)):
+    if not _is_whole(header):
         raise DexportError(f"{file}: these are no calibration statistics; make them with: dexport calibrate")
     try:
         about = strict_json.loads(header[ABOUT].load().tobytes())
         version, settings = about["version"], dict(about["settings"])
         calls = tuple(Call(str(call["prompt"]), float(call["timestep"])) for call in about["calls"])
         taken_of = str(about["source"])
+        if not calls:
+            raise ValueError("no calls")
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise DexportError(f"{file}: what it says of itself is damaged; calibrate again") from error
     if version != VERSION:
@@ -136,10 +138,24 @@ def load(file: Path, source: str) -> Statistics:
     for name, value in values.items():
         channels = value.peaks.shape
         whole = value.bounds.shape == (len(calls), 2) and value.histogram.shape == (BINS,) and len(channels) == 1
-        finite = all(np.isfinite(array).all() for array in (value.bounds, value.peaks, value.means))
-        if not whole or not finite or {value.means.shape, value.powers.shape} != {channels}:
+        floats = (value.bounds, value.peaks, value.means, value.powers)
+        finite = all(array.dtype.kind == "f" and np.isfinite(array).all() for array in floats)
+        counted = value.histogram.dtype.kind in "iu" and (value.histogram >= 0).all() and value.histogram.any()
+        if not whole or not finite or not counted or {value.means.shape, value.powers.shape} != {channels}:
             raise DexportError(f"{file}: the statistics of {name!r} are damaged; calibrate again")
     return Statistics(taken_of, settings, calls, values)
+
+
+def is_statistics(file: Path) -> bool:
+    """Whether a file looks like saved statistics, of whatever model."""
+    try:
+        return _is_whole(read_header(file))
+    except DexportError:
+        return False
+
+
+def _is_whole(header: Mapping[str, Any]) -> bool:
+    return ABOUT in header and all(name.partition("/")[0] in (*KINDS, ABOUT) for name in header)
 
 
 def hash_graph(file: Path, weights: Sequence[Path]) -> str:

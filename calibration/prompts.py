@@ -13,7 +13,8 @@ from runtimes import example, subject
 from runtimes.errors import DexportError
 from runtimes.manifest import Model, Stage
 
-FEWEST = 4  # with fewer, a range is one picture's
+FEWEST = 4  # to calibrate with: with fewer, a range is one picture's
+JUDGES = 2  # at least, to judge by: a median of one picture is chance
 DEFAULT = (
     "a red apple on a wooden table",
     "portrait of an old sailor with a white beard, oil painting",
@@ -67,21 +68,43 @@ def check_taken(prompts: Sequence[str], stage: Stage) -> None:
 
 
 def read(file: Path) -> list[str]:
-    """Read a UTF-8 file with one prompt a line, empty lines left out; DexportError if there are too few."""
+    """Read a UTF-8 file with one prompt a line, empty lines left out; DexportError for a file that is none."""
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # other signs may stand inside a prompt
     except OSError as error:
         raise DexportError(f"{file}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise DexportError(f"{file}: not UTF-8; save it as UTF-8, one prompt a line") from error
-    return check([line.strip() for line in lines if line.strip()], str(file))
+    return [line.strip() for line in lines if line.strip()]
 
 
-def check(prompts: list[str], where: str) -> list[str]:
-    """Return ``prompts`` if they are enough to calibrate with."""
+def split(prompts: Sequence[str], where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Those to calibrate with, and those to judge by: the last quarter, 2 to 4; what stands twice counts once.
+
+    Raises DexportError if there are too few, or one is empty.
+    """
+    every = list(dict.fromkeys(check_whole(prompts, where)))
+    if len(every) < FEWEST + JUDGES:
+        raise DexportError(
+            f"{where}: {len(every)} different prompts are too few: {FEWEST} are needed to calibrate with and {JUDGES} "
+            f"others to judge by; give {FEWEST + JUDGES} or more"
+        )
+    count = min(len(JUDGED), max(JUDGES, len(every) // 4))
+    return tuple(every[:-count]), tuple(every[-count:])
+
+
+def check_whole(prompts: Sequence[str], where: str) -> Sequence[str]:
+    """Return ``prompts`` if each is a text that says something."""
+    if any(not isinstance(prompt, str) for prompt in prompts):
+        raise DexportError(f"{where}: a prompt is no text; give strings")
     if any(not prompt.strip() for prompt in prompts):
         raise DexportError(f"{where}: a prompt is empty; leave it out, the unguided half of each step is one")
-    if len(set(prompts)) < FEWEST:
+    return prompts
+
+
+def check(prompts: Sequence[str], where: str) -> Sequence[str]:
+    """Return ``prompts`` if they are enough to calibrate with."""
+    if len(set(check_whole(prompts, where))) < FEWEST:
         raise DexportError(
             f"{where}: {len(set(prompts))} different prompts are too few to calibrate with; give {FEWEST} or more"
         )

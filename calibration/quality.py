@@ -37,7 +37,7 @@ class Budget:
     @classmethod
     def parse(cls, text: str) -> Budget:
         """Read ``psnr=36``."""
-        name, _, value = text.partition("=")
+        name, _, value = str(text).partition("=")
         try:
             number = float(value)
         except ValueError:

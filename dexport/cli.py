@@ -357,10 +357,13 @@ def compile_(
         )  # fmt: skip
     if as_json:
         made = {"target": manifest.target, "precision": manifest.precision, "graphs": manifest.model.graphs}
+        made["accuracy"] = manifest.accuracy
         console.print_json({"output": output} | made)
     else:
         title = f"{output}: {manifest.target} {manifest.precision}, not proven"
         tables.graphs(title, manifest.model.graphs)
+        if "quantization" in manifest.accuracy:
+            click.echo(tables.quantization(manifest.accuracy["quantization"]))
 
 
 @main.command()

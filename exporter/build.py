@@ -198,7 +198,7 @@ def _prepare(
     calibrated = quantized.prepare(model, hub_folder, settings, share(0, 1)) if any(is_quantized) else None
     found = {
         own: islands.find(
-            model, hub_folder, settings.prompts, quantized=own, progress=share(index, index + 1)
+            model, hub_folder, settings.prompts and settings.prompts[0], quantized=own, progress=share(index, index + 1)
         )
         for index, own in enumerate(sorted(kinds), int(any(is_quantized)))
     }  # fmt: skip

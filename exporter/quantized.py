@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Sequence
@@ -17,7 +18,7 @@ from calibration.calibrate import calibrate, source
 from calibration.coverage import coverage
 from calibration.mixed import SURE, Costs, Gain
 from calibration.numbers import NUMBERS, with_half_scales
-from calibration.observe import Statistics
+from calibration.observe import Statistics, is_statistics
 from calibration.observe import load as load_statistics
 from calibration.quality import Budget, Judged, Quality
 from calibration.ranges import OBSERVERS
@@ -47,15 +48,15 @@ NOT_FASTER = "8 bits make it no faster on the target"
 class Quantization:
     """How a model is quantized, as the user decides.
 
-    budget: "psnr=36", the least median PSNR of its pictures in dB. prompts: to calibrate and judge with, or a file with
-    one a line; None for some of our own. statistics: a file of an earlier calibration, reused if it is there and
-    written if not. steps: of the sampler in the calibration; None for the model's own. observer: one of
+    budget: "psnr=36", the least median PSNR of its pictures in dB. prompts: to calibrate and judge with, or the path of
+    a file with one a line; None for some of our own. statistics: a file of an earlier calibration, reused if it is
+    there and written if not. steps: of the sampler in the calibration; None for the model's own. observer: one of
     calibration.ranges.
     """
 
     budget: str = BUDGET
-    prompts: Sequence[str] | Path | None = None
-    statistics: Path | None = None
+    prompts: Sequence[str] | Path | str | None = None
+    statistics: Path | str | None = None
     steps: int | None = None
     observer: str = "mse"
 
@@ -63,28 +64,25 @@ class Quantization:
         """What the words say; DexportError, before the long work, if they say nothing that can be done."""
         if self.observer not in OBSERVERS:
             raise DexportError(f"no observer {self.observer!r}; there are {', '.join(OBSERVERS)}")
-        if self.steps is not None and self.steps < 1:
-            raise DexportError(f"the steps of a calibration must be 1 or more, not {self.steps}")
-        given = self.prompts
-        if isinstance(given, Path):
-            given = prompts.read(given)
-        elif given is not None:
-            given = prompts.check(list(given), "the prompts")
+        if self.steps is not None and (type(self.steps) is not int or self.steps < 1):
+            raise DexportError(f"the steps of a calibration must be a whole number from 1, not {self.steps!r:.60}")
+        given = None
+        if isinstance(self.prompts, str | Path):
+            given = prompts.split(prompts.read(Path(self.prompts)), str(self.prompts))
+        elif self.prompts is not None:
+            given = prompts.split(list(self.prompts), "the prompts")
         file = Path(self.statistics) if self.statistics else None
-        if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
-            raise DexportError(f"{file}: no place for statistics; name a file in a folder that exists")
-        return Settings(
-            Budget.parse(self.budget), tuple(given) if given is not None else None, file, self.steps,
-            Recipe(self.observer),
-        )  # fmt: skip
+        if file is not None:
+            _check_place(file)
+        return Settings(Budget.parse(self.budget), given, file, self.steps, Recipe(self.observer))
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A Quantization, read and checked."""
+    """A Quantization, read and checked. prompts: the user's, to calibrate with and to judge by."""
 
     budget: Budget
-    prompts: tuple[str, ...] | None
+    prompts: tuple[tuple[str, ...], tuple[str, ...]] | None
     statistics: Path | None
     steps: int | None
     recipe: Recipe
@@ -92,14 +90,11 @@ class Settings:
     def check_for(self, stages: Sequence[Stage]) -> None:
         """Raise DexportError for prompts that a model of these stages does not take."""
         if self.prompts is not None and stages:
-            prompts.check_taken(self.prompts, stages[0])
+            prompts.check_taken(self.prompts[0] + self.prompts[1], stages[0])
 
     def split(self, model: Model) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The prompts to calibrate with, and those to judge by: of the user's the last quarter, but at most four."""
-        if self.prompts is None:
-            return prompts.defaults(model)
-        count = min(len(prompts.JUDGED), max(1, len(self.prompts) // 4))
-        return self.prompts[:-count], self.prompts[-count:]
+        """The prompts to calibrate with, and those to judge by: the user's, or ours that suit the model."""
+        return self.prompts or prompts.defaults(model)
 
 
 @dataclass(frozen=True)
@@ -177,7 +172,7 @@ def make(
                 with tempfile.TemporaryDirectory(prefix="hub-", dir=work) as quantized:
                     graph = compilers.compile_graph(
                         write(keep, Path(quantized)), hub_graph, folder, target, precision, max_batch=max_batch,
-                        islands=islands, cache=cache,
+                        islands=islands, cache=None if here else cache,  # most tries are made once and never again
                     )  # fmt: skip
                 made[keep] = graph, folder.parent
             return made[keep]
@@ -211,9 +206,11 @@ def make(
         graph, place = compiled(keep)
         for other in compilers.alternatives(graph, target, precision) if here else ():
             progress(f"{target} {precision}: timing other settings in turns", 0.95)
-            sessions = [_opener(model, output, target, name, place, one)(name) for one in (graph, other)]
-            if latency.race(sessions, calibrated.judged.calls[0][0]).faster:
-                graph = other
+            loads = [_opener(model, output, target, name, place, one) for one in (graph, other)]
+            if latency.race([load(name) for load in loads], calibrated.judged.calls[0][0]).faster:
+                found = quality.judge(calibrated.judged, model, output, loads[1])
+                if found.median >= calibrated.settings.budget.psnr:
+                    graph, plan = other, replace(plan, chosen=replace(plan.chosen, quality=found))
         floats = "fp32" if graph.properties.get(HINT) == "f32" else BESIDE[target.backend]
         report = _report(calibrated, plan, done[keep], floats, precision)
         if not here:
@@ -225,21 +222,23 @@ def make(
 
 
 def calibrate_hub(
-    hub_folder: Path | str, output: Path | str, *, prompts: Sequence[str] | Path | None = None,
+    hub_folder: Path | str, output: Path | str, *, prompts: Sequence[str] | Path | str | None = None,
     steps: int | None = None, overwrite: bool = False, progress: Progress = silent,
 ) -> Statistics:  # fmt: skip
     """Calibrate a hub alone and write the statistics to the file ``output``, for ``Quantization.statistics``.
 
-    ``prompts``, ``steps``: see ``Quantization``; all the prompts are used.
+    ``prompts``, ``steps``: see ``Quantization``. As in a build, the last of the prompts are left to judge by.
     """
     output = Path(output)
     settings = Quantization(prompts=prompts, statistics=output, steps=steps).checked()
     if output.exists() and not overwrite:
         raise DexportError(f"{output} exists; choose another file, or say --overwrite")
+    if output.exists() and not is_statistics(output):
+        raise DexportError(f"{output} is no file of statistics; it is not overwritten: choose another file")
     model = hubs.load(Path(hub_folder))
     check(model.stages)
     settings.check_for(model.stages)
-    statistics = calibrate(model, Path(hub_folder), settings.prompts, steps=steps, progress=progress)
+    statistics = calibrate(model, Path(hub_folder), settings.split(model)[0], steps=steps, progress=progress)
     statistics.save(output)
     return statistics
 
@@ -247,11 +246,38 @@ def calibrate_hub(
 def _statistics(model: Model, hub: Path, settings: Settings, progress: Progress) -> Statistics:
     file = settings.statistics
     if file is not None and file.exists():
-        return load_statistics(file, source(model, hub))
+        return _reused(file, model, hub, settings)
     statistics = calibrate(model, hub, settings.split(model)[0], steps=settings.steps, progress=progress)
     if file is not None:
         statistics.save(file)
     return statistics
+
+
+def _reused(file: Path, model: Model, hub: Path, settings: Settings) -> Statistics:
+    """Statistics of an earlier calibration, if they do not contradict what is asked for now."""
+    statistics = load_statistics(file, source(model, hub))
+    steps = statistics.settings.get("steps")
+    if settings.steps is not None and settings.steps != steps:
+        raise DexportError(
+            f"{file}: these statistics are of {steps!r:.20} steps, not {settings.steps}; leave --calibration-steps "
+            "out, or name a new file"
+        )
+    known = {call.prompt for call in statistics.calls}
+    if both := [prompt for prompt in settings.split(model)[1] if prompt in known]:
+        raise DexportError(
+            f"{file}: {both[0]!r:.60} was calibrated with and would be judged by; give prompts whose last quarter is "
+            "new, or calibrate again with these"
+        )
+    return statistics
+
+
+def _check_place(file: Path) -> None:
+    """Raise DexportError unless statistics can be read from or written to ``file``."""
+    folder = file.absolute().parent
+    if file.is_dir() or not folder.is_dir():
+        raise DexportError(f"{file}: no place for statistics; name a file in a folder that exists")
+    if not file.exists() and not os.access(folder, os.W_OK):
+        raise DexportError(f"{file}: the folder cannot be written to; name a file in another one")
 
 
 def _opener(
@@ -294,7 +320,7 @@ def _costs(
     for name, gain in gains.items():
         unit = name if gain.slow else recipe.block(name)
         saved[unit] = saved.get(unit, 0.0) + gain.saved
-    return Costs(noise, saved, slow)
+    return Costs(noise, dict.fromkeys(noise, 0.0) | saved, slow)
 
 
 def _simulated_costs(calibrated: Calibrated, wanted: Recipe, file: Path, graph: Graph, progress: Progress) -> Costs:
@@ -304,7 +330,7 @@ def _simulated_costs(calibrated: Calibrated, wanted: Recipe, file: Path, graph: 
     for layer in recipe.candidates(split(ir.load(file))[0])[0]:
         unit = recipe.block(layer.name)
         saved[unit] = saved.get(unit, 0.0) + layer.work / MULTIPLICATIONS
-    return Costs(noise, saved)
+    return Costs(noise, dict.fromkeys(noise, 0.0) | saved)
 
 
 def _report(calibrated: Calibrated, plan: mixed.Plan, done: Done, floats: str, precision: str) -> dict[str, Any]:
@@ -314,6 +340,7 @@ def _report(calibrated: Calibrated, plan: mixed.Plan, done: Done, floats: str, p
         "budget_psnr_db": calibrated.settings.budget.psnr,
         "prompts": list(judged.prompts),
         "steps": judged.steps,
+        "observer": calibrated.settings.recipe.observer,
         "psnr_db": [round(value, 2) for value in found.psnr],
         "timesteps": timesteps,
         "sqnr_db": [round(value, 2) for value in found.sqnr],

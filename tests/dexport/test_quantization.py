@@ -23,16 +23,25 @@ def test_calibrate_then_compile_to_int8_and_draw(say: Say, workshop: Workshop, p
     said = say("calibrate", workshop.hub, "--prompts", prompts, "--calibration-steps", 3, "-o", file, "--json")
     assert said.code == 0, said.err
     covered = said.json["coverage"]
-    assert covered["calls"] == 3 * 2 * len(PROMPTS) and set(covered["by_prompt"]) == set(PROMPTS)
+    assert covered["calls"] == 3 * 2 * 6 and set(covered["by_prompt"]) == set(PROMPTS[:6])  # the last two are to judge
     assert sum(covered["by_timestep"].values()) == covered["values"] > 20
     words = ("compile", workshop.hub, "--target", "openvino=int8", "--statistics", file, "--prompts", prompts)
     said = say(*words, "--budget", "psnr=15", "-o", tmp_path / "bundle")
     assert said.code == 0, said.err
+    assert "layers in 8 bits" in said.out and "median of 2" in said.out
+    said = say(*words, "--calibration-steps", 4, "-o", tmp_path / "other")
+    assert said.code == 2 and "of 3 steps, not 4" in said.err
+    turned = tmp_path / "turned.txt"
+    turned.write_text("\n".join(reversed(PROMPTS)))
+    said = say(*words[:-1], turned, "-o", tmp_path / "other")
+    assert said.code == 2 and "was calibrated with and would be judged by" in said.err
     said = say("run", tmp_path / "bundle", "--prompt", "red apple", "--steps", 2, "-o", tmp_path / "apple.png")
     assert said.code == 0 and (tmp_path / "apple.png").exists(), said.err
     assert say("inspect", tmp_path / "bundle", "--json").json["precision"] == "int8"
     again = say("calibrate", workshop.hub, "-o", file)
     assert again.code == 2 and "exists" in again.err
+    own = say("calibrate", workshop.hub, "-o", turned, "--overwrite")
+    assert own.code == 2 and "is no file of statistics" in own.err and turned.read_text().startswith("pie")
 
 
 def test_a_table_says_where_the_ranges_were_reached(
