@@ -31,6 +31,7 @@ from runtimes.target import Target
 from tests.calibration import small
 
 PROMPTS = ["red apple", "blue apple", "red", "blue"]
+JUDGED = ["apple", "green"]
 SCALE = 2.0**16  # a power of two: in float32 nothing changes, to the last bit; the weights stay within fp16
 
 
@@ -54,7 +55,7 @@ def hot(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Hot:
         weights[name] *= SCALE
     weights["decoder.conv_in.weight"] /= SCALE
     save_file(weights, file)
-    asked = Quantization(prompts=PROMPTS)
+    asked = Quantization(prompts=[*PROMPTS, *JUDGED])
     build(checkpoint, folder / "bundle", targets="openvino:gpu=fp16", keep_hub=folder / "hub", quantization=asked)
     model = hub.load(folder / "hub")
     return Hot(folder / "bundle", folder / "hub", model, islands.find(model, folder / "hub", PROMPTS))
