@@ -1,7 +1,7 @@
 """Narrow weights on a checkpoint's text encoder: size, SQNR and time against fp32, in ONNX Runtime and OpenVINO.
 
     python benchmarks/checkpoints.py /tmp/sd15
-    python benchmarks/weights.py /tmp/sd15 examples/emoji/model
+    python benchmarks/weights.py /tmp/sd15
 
 For each checkpoint and runtime a line for w8 and w4, compiled as a build does it: the files' size as a share of fp32's,
 the SQNR of the conditioning for random tokens against fp32 in the same runtime, and the median time of a call with one
@@ -97,8 +97,10 @@ def main() -> None:
     met = True
     for checkpoint in options.checkpoints:
         with tempfile.TemporaryDirectory() as work:
-            met &= measure(checkpoint, Path(work))
-    print(f"w8's target, a share of {SHARE:g} at most with {SQNR:g} dB or more: {'met' if met else 'MISSED'}")
+            good = measure(checkpoint, Path(work))
+        # In a small model the graph itself is a larger share of the file.
+        print(f"{checkpoint}: w8's target, {SHARE:g} at most with {SQNR:g} dB or more: {'met' if good else 'MISSED'}")
+        met &= good
     sys.exit(not met)
 
 
