@@ -108,15 +108,22 @@ def test_wrong_graphs_fail(built: tuple[Model, Path, gate.Reference], precision:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def scale_doubled(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """One layer's weight with a scale that is off by a factor of two."""
+    return {key: 2 * values[key] for key in values if key.endswith("up_blocks.2.resnets.1.conv_shortcut.weight")}
+
+
+@pytest.mark.parametrize(
+    ("precision", "wrong_denoiser"), [("int8", bias_dropped("conv_in.bias")), ("fp8", scale_doubled)]
+)
 def test_8_bits_stop_a_broken_denoiser_and_hold_the_graphs_beside_it_to_their_own_band(
-    built: tuple[Model, Path, gate.Reference], precision: str
+    built: tuple[Model, Path, gate.Reference], precision: str, wrong_denoiser: Spoil
 ) -> None:
     """A wrong bias behind the last layer is no larger than their own noise: that is for the budget of a build."""
     model, folder, reference = built
     beside = {name: replace(graph, properties={"precision": "bf16"}) for name, graph in model.graphs.items()}
     graphs = replace(model, graphs=beside | {"denoiser": model.graphs["denoiser"]})
-    for name, spoil in (("denoiser", bias_dropped("conv_in.bias")), ("decoder", bias_dropped("conv_out.bias"))):
+    for name, spoil in (("denoiser", wrong_denoiser), ("decoder", bias_dropped("conv_out.bias"))):
         with (
             spoiled(folder / model.graphs[name].file, spoil) as wrong,
             pytest.raises(GateError, match=f"gate for {precision} failed: graph {name}"),
