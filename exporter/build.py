@@ -268,8 +268,7 @@ def _prove(
 ) -> gate.Proof:
     """Run the gate where this machine can run the target, else say why it was not run."""
     runtime = require(target.backend)
-    here = [device.name for device in runtime.devices()]
-    if not (target.device in here or (target.device == "local" and here)):
+    if not quantized.runs_here(target):
         return gate.not_run(f"this machine has no device that runs {target}")
 
     def load(name: str) -> Session:

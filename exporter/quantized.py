@@ -147,7 +147,7 @@ def make(
     name = model.stages[0].denoiser
     hub_graph = calibrated.model.graphs[name]
     file = calibrated.hub / hub_graph.file
-    here = _runs_here(target)
+    here = runs_here(target)
     numbers = NUMBERS[precision]
     wanted = replace(
         calibrated.settings.recipe,
@@ -303,8 +303,10 @@ def _simulated(calibrated: Calibrated, name: str, quantized: Path) -> Callable[[
     return load
 
 
-def _runs_here(target: Target) -> bool:
-    return target.device in [device.name for device in require(target.backend).devices()]
+def runs_here(target: Target) -> bool:
+    """Whether this machine has a device that runs a target; "local" is whatever one there is."""
+    here = [device.name for device in require(target.backend).devices()]
+    return target.device in here or (target.device == "local" and bool(here))
 
 
 def _costs(
