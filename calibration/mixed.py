@@ -50,12 +50,13 @@ class Costs:
 
     noise: by block, and by layer for ``slow`` ones, the share of noise in the output's power at some timesteps, were
     only this quantized. saved: seconds a call, likewise; negative where 8 bits are slower. slow: layers that 8 bits
-    make no faster; they are not counted in their blocks.
+    make no faster; they are not counted in their blocks. timed: whether ``saved`` was; if not, it is multiplications.
     """
 
     noise: Mapping[str, Mapping[float, float]]
     saved: Mapping[str, float]
     slow: tuple[str, ...] = ()
+    timed: bool = True
 
     def share(self, name: str) -> float:
         """The mean noise of a block or layer over the timesteps."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dexport.plot import plot
     from exporter.build import Built, build
     from exporter.build import compile_hub as compile
+    from exporter.ensemble import Origin
     from exporter.hub import export
     from exporter.inspect import inspect
     from exporter.quantized import Quantization
@@ -38,6 +39,7 @@ __all__ = [
     "DexportError",
     "GateError",
     "IntegrityError",
+    "Origin",
     "Pipeline",
     "Quantization",
     "Request",
@@ -61,6 +63,7 @@ _HOMES = {
     "DexportError": "runtimes.errors:DexportError",
     "GateError": "runtimes.errors:GateError",
     "IntegrityError": "runtimes.errors:IntegrityError",
+    "Origin": "exporter.ensemble:Origin",
     "Pipeline": "runtimes.pipeline:Pipeline",
     "Quantization": "exporter.quantized:Quantization",
     "Request": "runtimes.pipeline:Request",

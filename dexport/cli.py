@@ -2,142 +2,31 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 import dexport
 from dexport import console, tables
 from dexport.group import FAILED_GATE, Face, Numbers, SamplerName, Shape, TargetName
+from dexport.options import (
+    FOLDER,
+    calibration_steps_option,
+    compile_options,
+    config_option,
+    json_option,
+    origin_options,
+    overwrite_option,
+    picture_options,
+    prompts_option,
+    quantization_options,
+    threads_option,
+)
 from runtimes.errors import DexportError
 
-F = TypeVar("F", bound=Callable[..., Any])
-FOLDER = click.Path(path_type=Path)  # whether it exists, and what it must be, is the library's own check
-PRECISIONS = (
-    "fp32",
-    "bf16",
-    "fp16",
-    "int8",
-    "fp8",
-    "w8",
-    "w4",
-)  # for completion alone; what a target can do, and why not, is its compiler's
-
-
-def default_cache() -> Path:
-    """The compile cache where none is named: DEXPORT_CACHE, else ``dexport`` in the user's cache folder."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("DEXPORT_CACHE") or base / "dexport")
-
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, for machines.")
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output if dexport made it.")
-threads_option = click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads; all cores if not given.")
-
-
-config_option = click.option(
-    "--config", metavar="NAME|FOLDER",
-    help="What a single .safetensors file is, where the file does not say: a name, like stable-diffusion-2-base, or a "
-    "diffusers folder, whose weights are left aside.",
-)  # fmt: skip
-
-
-lora_option = click.option(
-    "--lora", "loras", multiple=True, metavar="FILE[:SCALE]",
-    help="Merge a LoRA into the weights, like style.safetensors:0.8. May be given several times.",
-)  # fmt: skip
-
-
-clip_skip_option = click.option(
-    "--clip-skip", type=click.IntRange(1), default=1, show_default=True,
-    help="Layer of the text encoder whose states are used, counted from the last; many fine-tuned models want 2.",
-)  # fmt: skip
-
-
-def shape_options(command: F) -> F:
-    """The two options that fix or free a model's spatial size."""
-    command = click.option(
-        "--dynamic-shape", is_flag=True, help="Leave height and width free; slower on most devices."
-    )(command)
-    return click.option("--shape", type=Shape(), help="Size of the images in pixels; the checkpoint's own by default.")(
-        command
-    )
-
-
-def model_options(command: F) -> F:
-    """The options that say more of a model than its checkpoint does."""
-    command = click.option(
-        "--guidance", type=click.FloatRange(0, 1000),
-        help="The bundle's scale of guidance; up to 1 for a model that was distilled to draw without.",
-    )(command)  # fmt: skip
-    command = click.option("--steps", type=click.IntRange(1), help="Steps if none are asked for.")(command)
-    return click.option(
-        "--refiner", type=FOLDER, help="A second checkpoint, which goes on with what the first one draws, like SDXL's."
-    )(command)
-
-
-def compile_options(command: F) -> F:
-    """The options of everything that compiles."""
-    command = click.option("--no-cache", is_flag=True, help="Compile anew and keep nothing.")(command)
-    command = click.option(
-        "--cache",
-        type=FOLDER,
-        help="Folder for compiled graphs, safe to delete at any time. [default: $DEXPORT_CACHE or ~/.cache/dexport]",
-    )(command)
-    return click.option(
-        "--max-batch", type=click.IntRange(1, 4096), default=2, show_default=True,
-        help="Largest batch of one call, for engines that must know; guidance takes two for each image.",
-    )(command)  # fmt: skip
-
-
-def calibration_options(command: F) -> F:
-    """The options of everything that calibrates."""
-    command = click.option(
-        "--calibration-steps", type=click.IntRange(1), help="Steps of the sampler; the model's own by default."
-    )(command)
-    return click.option(
-        "--prompts", type=FOLDER, help="A UTF-8 file with one prompt a line, like those the model is for. Ours if none."
-    )(command)
-
-
-def quantization_options(command: F) -> F:
-    """The options of everything that quantizes."""
-    command = click.option(
-        "--observer", default="mse", show_default=True,
-        help="What chooses the range of an activation: mse, percentile, entropy or min-max.",
-    )(command)  # fmt: skip
-    command = click.option(
-        "--statistics", type=FOLDER, help="File of an earlier calibration: used if it is there, else written."
-    )(calibration_options(command))
-    return click.option(
-        "--budget", help="For int8 and fp8: the least quality, as psnr=DB of the pictures' median. [default: psnr=30]"
-    )(command)
-
-
-def _quantization(
-    budget: str | None, statistics: Path | None, observer: str, prompts: Path | None, steps: int | None
-) -> dexport.Quantization | None:
-    """What was asked for, or None if nothing was."""
-    if (budget, statistics, observer, prompts, steps) == (None, None, "mse", None, None):
-        return None
-    given = {} if budget is None else {"budget": budget}
-    return dexport.Quantization(
-        **given, prompts=prompts, statistics=statistics, steps=steps, observer=observer.strip().lower()
-    )
-
-
-def _cache(cache: Path | None, no_cache: bool) -> Path | None:
-    if cache and no_cache:
-        raise click.UsageError("--cache and --no-cache exclude each other")
-    return None if no_cache else cache or default_cache()
-
-
-def _shape(shape: tuple[int, int] | None, dynamic_shape: bool) -> None:
-    if shape and dynamic_shape:
-        raise click.UsageError("--shape and --dynamic-shape exclude each other")
+# For completion alone; what a target can do, and why not, is its compiler's.
+PRECISIONS = ("fp32", "bf16", "fp16", "int8", "fp8", "w8", "w4")
 
 
 @click.group(cls=Face, context_settings={"help_option_names": ["-h", "--help"]})
@@ -157,7 +46,7 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("checkpoint", type=FOLDER)
+@origin_options
 @click.option(
     "--target", "targets", type=TargetName(precise=True), multiple=True, required=True,
     help="Backend or backend:device, like openvino or tensorrt:sm89; with =PRECISION, in that one alone. "
@@ -169,39 +58,20 @@ def main() -> None:
     help="Precision: fp32, bf16, fp16, int8, fp8; w8 and w4 narrow the weights alone. May be given several times.",
 )  # fmt: skip
 @click.option("-o", "--output", type=FOLDER, required=True, help="The bundle; with several, a folder of them.")
-@config_option
-@lora_option
-@clip_skip_option
-@shape_options
-@model_options
-@click.option("--sampler", type=SamplerName(), help="The bundle's sampler, in place of the checkpoint's.")
+@picture_options
 @quantization_options
 @compile_options
 @overwrite_option
 @click.option("--keep-hub", type=FOLDER, help="Keep the exported ONNX hub here.")
 @json_option
 def build(
-    checkpoint: Path,
+    origin: dexport.Origin,
     targets: tuple[str, ...],
     precisions: tuple[str, ...],
     output: Path,
-    config: str | None,
-    loras: tuple[str, ...],
-    clip_skip: int,
-    shape: tuple[int, int] | None,
-    dynamic_shape: bool,
-    refiner: Path | None,
-    steps: int | None,
-    guidance: float | None,
-    sampler: str | None,
-    budget: str | None,
-    statistics: Path | None,
-    observer: str,
-    prompts: Path | None,
-    calibration_steps: int | None,
-    max_batch: int,
-    cache: Path | None,
-    no_cache: bool,
+    picture: dict[str, Any],
+    quantization: dexport.Quantization | None,
+    compiling: dict[str, Any],
     overwrite: bool,
     keep_hub: Path | None,
     as_json: bool,
@@ -223,15 +93,10 @@ def build(
       dexport build checkpoint --target openvino --precision int8 --prompts prompts.txt --budget psnr=36 -o bundle
       dexport build sdxl-turbo --target openvino=bf16 --guidance 0 --steps 1 -o bundle
     """
-    _shape(shape, dynamic_shape)
-    quantization = _quantization(budget, statistics, observer, prompts, calibration_steps)
-    compile_cache = _cache(cache, no_cache)
     with console.working() as progress:
         built = dexport.build(
-            checkpoint, output, targets=targets, precisions=precisions, config=config, loras=loras, clip_skip=clip_skip,
-            shape=shape, dynamic_shape=dynamic_shape, refiner=refiner, steps=steps, guidance=guidance, sampler=sampler,
-            max_batch=max_batch, cache=compile_cache,
-            overwrite=overwrite, keep_hub=keep_hub, quantization=quantization, progress=progress,
+            origin, output, targets=targets, precisions=precisions, **picture, **compiling, overwrite=overwrite,
+            keep_hub=keep_hub, quantization=quantization, progress=progress,
         )  # fmt: skip
     if as_json:
         console.print_json({"bundles": built})
@@ -240,29 +105,12 @@ def build(
 
 
 @main.command()
-@click.argument("checkpoint", type=FOLDER)
+@origin_options
 @click.option("-o", "--output", type=FOLDER, required=True, help="The hub's folder.")
-@config_option
-@lora_option
-@clip_skip_option
-@shape_options
-@model_options
+@picture_options
 @overwrite_option
 @json_option
-def export(
-    checkpoint: Path,
-    output: Path,
-    config: str | None,
-    loras: tuple[str, ...],
-    clip_skip: int,
-    shape: tuple[int, int] | None,
-    dynamic_shape: bool,
-    refiner: Path | None,
-    steps: int | None,
-    guidance: float | None,
-    overwrite: bool,
-    as_json: bool,
-) -> None:
+def export(origin: dexport.Origin, output: Path, picture: dict[str, Any], overwrite: bool, as_json: bool) -> None:
     """Export a CHECKPOINT to an ONNX hub.
 
     A hub is a folder with one fp32 graph for each part of the model; every backend reads the same one.
@@ -271,12 +119,8 @@ def export(
     Example:
       dexport export checkpoint --shape 512x512 -o hub
     """
-    _shape(shape, dynamic_shape)
     with console.working() as progress:
-        model = dexport.export(
-            checkpoint, output, refiner=refiner, config=config, loras=loras, clip_skip=clip_skip, shape=shape,
-            dynamic_shape=dynamic_shape, steps=steps, guidance=guidance, overwrite=overwrite, progress=progress,
-        )  # fmt: skip
+        model = dexport.export(origin, output, **picture, overwrite=overwrite, progress=progress)
     if as_json:
         console.print_json({"output": output, "family": model.family, "graphs": model.graphs})
     else:
@@ -286,7 +130,8 @@ def export(
 @main.command()
 @click.argument("hub", type=FOLDER)
 @click.option("-o", "--output", type=FOLDER, required=True, help="The file of statistics, *.safetensors.")
-@calibration_options
+@prompts_option
+@calibration_steps_option
 @click.option("--overwrite", is_flag=True, help="Replace the file.")
 @json_option
 def calibrate(
@@ -328,14 +173,8 @@ def compile_(
     target: str,
     precision: str,
     output: Path,
-    budget: str | None,
-    statistics: Path | None,
-    observer: str,
-    prompts: Path | None,
-    calibration_steps: int | None,
-    max_batch: int,
-    cache: Path | None,
-    no_cache: bool,
+    quantization: dexport.Quantization | None,
+    compiling: dict[str, Any],
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -348,12 +187,10 @@ def compile_(
     Example:
       dexport compile hub --target tensorrt:sm89 --precision fp16 -o bundle
     """
-    compile_cache = _cache(cache, no_cache)
-    quantization = _quantization(budget, statistics, observer, prompts, calibration_steps)
     with console.working() as progress:
         manifest = dexport.compile(
-            hub, output, target=target, precision=precision, max_batch=max_batch, cache=compile_cache,
-            overwrite=overwrite, quantization=quantization, progress=progress,
+            hub, output, target=target, precision=precision, **compiling, overwrite=overwrite,
+            quantization=quantization, progress=progress,
         )  # fmt: skip
     if as_json:
         made = {"target": manifest.target, "precision": manifest.precision, "graphs": manifest.model.graphs}

@@ -13,14 +13,17 @@ from typing import Any
 
 from calibration import islands
 from calibration.islands import Found
+from calibration.quality import Budget
 from exporter import compile as compilers
 from exporter import ensemble, gate, hub, quantized, report
+from exporter.ensemble import Origin
 from exporter.families import Shape
 from exporter.quantized import Quantization
+from exporter.tries import Calibrated
 from runtimes import bundle
 from runtimes.errors import DexportError, Progress, silent
 from runtimes.manifest import Manifest, Model, Stage, to_json
-from runtimes.session import Session, require
+from runtimes.session import Session, require, runs_here
 from runtimes.target import Target
 
 TOOLS = ("dexport", "torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
@@ -39,20 +42,13 @@ class Built:
 
 
 def build(
-    checkpoint: Path | str,
+    checkpoint: Origin | Path | str,
     output: Path | str,
     *,
     targets: Sequence[str] | str,
-    refiner: Path | str | None = None,
     precisions: Sequence[str] | str = ("fp32",),
-    config: Path | str | None = None,
-    loras: Sequence[Path | str] = (),
-    clip_skip: int = 1,
     shape: tuple[int, int] | None = None,
     dynamic_shape: bool = False,
-    sampler: str | None = None,
-    steps: int | None = None,
-    guidance: float | None = None,
     max_batch: int = 2,
     cache: Path | None = None,
     overwrite: bool = False,
@@ -63,48 +59,36 @@ def build(
     """Make bundles of a checkpoint, one for each target and precision, each proven against the torch model.
 
     ``targets``: "openvino", for each of ``precisions``; or "openvino=bf16", in that one alone. With one target and
-    precision ``output`` is the bundle, else ``output/<target>-<precision>``. ``refiner``: a second checkpoint that goes
-    on with what the first one draws (``exporter.ensemble``). ``config``, ``loras`` and ``clip_skip``: of the first one,
-    as in ``exporter.checkpoint.read``. ``shape``: (height, width) in pixels. ``sampler``, ``steps``, ``guidance``: the
-    bundles' own, in place of the checkpoint's; with ``guidance`` up to 1 they draw without any, as models do that were
-    distilled so. ``max_batch``: the largest batch of an engine whose shapes are fixed when it is built. ``keep_hub``:
-    keep the ONNX hub there. ``quantization``: for int8, how it is calibrated and the quality that it must keep; its
-    prompts also find where fp16 overflows. Raises DexportError for bad input and GateError for a missed band; each
-    bundle is published whole or not at all.
+    precision ``output`` is the bundle, else ``output/<target>-<precision>``. ``shape``: (height, width) in pixels.
+    ``max_batch``: the largest batch of an engine whose shapes are fixed when it is built. ``keep_hub``: keep the ONNX
+    hub there. ``quantization``: for int8, how it is calibrated and the quality that it must keep; its prompts also find
+    where fp16 overflows. Raises DexportError for bad input and GateError for a missed band; each bundle is published
+    whole or not at all.
     """
-    checkpoint, output, refiner = Path(checkpoint), Path(output), Path(refiner) if refiner else None
-    inputs = [checkpoint, *([refiner] if refiner else [])]
+    origin, output = Origin.of(checkpoint), Path(output)
     keep_hub = Path(keep_hub) if keep_hub else None
     precisions = [precisions] if isinstance(precisions, str) else precisions
     pairs = _pairs([targets] if isinstance(targets, str) else targets, precisions)
     folders = [output] if len(pairs) == 1 else [output / f"{target.folder}-{precision}" for target, precision in pairs]
     for (target, precision), folder in zip(pairs, folders, strict=True):
         compilers.check(target, precision)  # now, not after the export
-        bundle.check_free(folder, overwrite, [*inputs, *([keep_hub] if keep_hub else [])])
+        bundle.check_free(folder, overwrite, [*origin.checkpoints, *([keep_hub] if keep_hub else [])])
     settings = _check_quantization(quantization, pairs)
     if keep_hub:
-        bundle.check_free(keep_hub, overwrite, inputs)
-    read = ensemble.read(checkpoint, refiner, config=config, loras=loras, clip_skip=clip_skip)
-    source = ensemble.with_sampler(read, sampler)
+        bundle.check_free(keep_hub, overwrite, origin.checkpoints)
+    source = ensemble.read(origin)
     size = Shape(*(shape or source.family.default_shape(source)), free=dynamic_shape)
     _check_use(ensemble.stages(source, size), pairs, settings)  # likewise
     with tempfile.TemporaryDirectory(prefix=".dexport-", dir=_existing(output)) as work:
         hub_folder = keep_hub or Path(work) / "hub"
         share = _shares(progress, 1 + len(pairs))
         model = hub.export(
-            source,
-            hub_folder,
-            shape=shape,
-            dynamic_shape=dynamic_shape,
-            steps=steps,
-            guidance=guidance,
-            overwrite=overwrite,
-            progress=share(0, 0.5),
+            source, hub_folder, shape=shape, dynamic_shape=dynamic_shape, overwrite=overwrite, progress=share(0, 0.5)
         )
         reference = gate.record(source, model, hub_folder, share(0.5, 1))
         recipe = {"shape": list(_shape(model)), "dynamic_shape": dynamic_shape, "max_batch": max_batch}
-        if clip_skip != 1:
-            recipe["clip_skip"] = clip_skip
+        if origin.clip_skip != 1:
+            recipe["clip_skip"] = origin.clip_skip
         prepared = _prepare(model, hub_folder, pairs, settings, share(0.9, 1))
         built = []
         for index, ((target, precision), folder) in enumerate(zip(pairs, folders, strict=True), 1):
@@ -184,7 +168,8 @@ class _Prepared:
     islands: by whether the denoiser is the one that is quantized.
     """
 
-    calibrated: quantized.Calibrated | None
+    calibrated: Calibrated | None
+    budget: Budget
     islands: Mapping[bool, Found]
 
 
@@ -202,7 +187,7 @@ def _prepare(
         )
         for index, own in enumerate(sorted(kinds), int(any(is_quantized)))
     }  # fmt: skip
-    return _Prepared(calibrated, found)
+    return _Prepared(calibrated, settings.budget, found)
 
 
 def _compile(
@@ -237,7 +222,7 @@ def _compile(
         return compiled, quality
     name = model.stages[0].denoiser
     made = quantized.make(
-        prepared.calibrated, compiled, output, target, precision, max_batch, cache, progress,
+        prepared.calibrated, prepared.budget, compiled, output, target, precision, max_batch, cache, progress,
         found.nodes(name) if found else frozenset(),
     )  # fmt: skip
     return replace(model, graphs=graphs | {name: made.graph}), {**quality, "quantization": made.report}
@@ -268,7 +253,7 @@ def _prove(
 ) -> gate.Proof:
     """Run the gate where this machine can run the target, else say why it was not run."""
     runtime = require(target.backend)
-    if not quantized.runs_here(target):
+    if not runs_here(target):
         return gate.not_run(f"this machine has no device that runs {target}")
 
     def load(name: str) -> Session:

@@ -50,7 +50,7 @@ class Checkpoint:
     ``path`` is the folder or file, for messages. ``tokenizers`` are folders by component; ``files`` those that an
     export depends on, by the path that a manifest gives them; ``adapters`` what is merged into the weights. ``index``:
     what model_index.json says, of which only what is not asked for here has further use. ``refiner``: what goes on with
-    the pictures that this one draws (exporter.ensemble).
+    the pictures that this one draws; ``steps`` and ``guidance``: defaults in place of the family's (exporter.ensemble).
     """
 
     path: Path
@@ -62,6 +62,8 @@ class Checkpoint:
     adapters: tuple[Adapter, ...] = ()
     index: Mapping[str, Any] = field(default_factory=dict)
     refiner: Checkpoint | None = None
+    steps: int | None = None
+    guidance: float | None = None
 
     @property
     def family(self) -> families.Family:

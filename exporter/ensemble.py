@@ -1,14 +1,15 @@
-"""Two checkpoints as one model: a base that draws out of noise, and a refiner that goes on from a point of the way.
+"""Where a model comes from: a checkpoint, what is said of it on the way in, and the one that refines what it draws.
 
-Podell et al., "SDXL" (2023), https://arxiv.org/abs/2307.01952, section 2.5; Balaji et al., "eDiff-I" (2022),
-https://arxiv.org/abs/2211.01324. The refiner's graphs and tokenizers have names of their own, so nothing of the two
-has to be alike but the latents that go from one to the other.
+A base draws out of noise, and a refiner goes on from a point of the way: Podell et al., "SDXL" (2023),
+https://arxiv.org/abs/2307.01952, section 2.5; Balaji et al., "eDiff-I" (2022), https://arxiv.org/abs/2211.01324. The
+refiner's graphs and tokenizers have names of their own, so nothing of the two has to be alike but the latents that go
+from one to the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from exporter import checkpoint as checkpoints
@@ -24,31 +25,49 @@ PREFIX = "refiner_"
 LATENTS = ("latent_channels", "scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
 
-def read(
-    path: Path | str,
-    refiner: Path | str | None = None,
-    *,
-    config: Path | str | None = None,
-    loras: Sequence[Path | str] = (),
-    clip_skip: int = 1,
-    progress: Progress = silent,
-) -> Checkpoint:
-    """Read a checkpoint and the one that refines what it draws, if any; ``stages`` finds whether they fit.
+@dataclass(frozen=True)
+class Origin:
+    """A checkpoint, and what is made of it on the way in.
 
-    ``config``, ``loras`` and ``clip_skip`` are of the first one, as in ``exporter.checkpoint.read``.
+    path: a diffusers folder or one .safetensors file. refiner: a second checkpoint, which goes on with what the first
+    one draws. config, loras, clip_skip: of the first one, as in ``exporter.checkpoint.read``. sampler, steps, guidance:
+    the model's defaults, in place of its checkpoint's and family's; a model that was distilled to need no guidance says
+    so nowhere, and is one with ``guidance`` up to 1.
     """
-    base = checkpoints.read(Path(path), config=config, loras=loras, clip_skip=clip_skip, progress=progress)
-    return base if refiner is None else replace(base, refiner=checkpoints.read(Path(refiner), progress=progress))
+
+    path: Path | str
+    refiner: Path | str | None = None
+    config: Path | str | None = None
+    loras: Sequence[Path | str] = ()
+    clip_skip: int = 1
+    sampler: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
+
+    @classmethod
+    def of(cls, checkpoint: Origin | Path | str) -> Origin:
+        """An origin as it is; of a path, the checkpoint there with nothing more."""
+        return checkpoint if isinstance(checkpoint, Origin) else cls(checkpoint)
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """The paths of the checkpoints, which nothing is written into."""
+        return [Path(path) for path in (self.path, self.refiner) if path is not None]
 
 
-def with_sampler(checkpoint: Checkpoint, sampler: str | None) -> Checkpoint:
-    """The checkpoint, and its refiner, with ``sampler`` in place of their own; DexportError for one that has no use."""
-    second = checkpoint.refiner
-    return replace(
-        checkpoint,
-        scheduler=samplers.choose(checkpoint.scheduler, sampler),
-        refiner=with_sampler(second, sampler) if second is not None else None,
+def read(origin: Origin | Path | str, *, progress: Progress = silent) -> Checkpoint:
+    """Read a checkpoint and the one that refines what it draws, if any; ``stages`` finds whether they fit."""
+    origin = Origin.of(origin)
+    base = checkpoints.read(
+        Path(origin.path), config=origin.config, loras=origin.loras, clip_skip=origin.clip_skip, progress=progress
     )
+    second = checkpoints.read(Path(origin.refiner), progress=progress) if origin.refiner is not None else None
+    base, *others = (
+        replace(part, scheduler=samplers.choose(part.scheduler, origin.sampler))
+        for part in (base, second)
+        if part is not None
+    )
+    return replace(base, refiner=next(iter(others), None), steps=origin.steps, guidance=origin.guidance)
 
 
 def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
@@ -69,10 +88,14 @@ def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
 
 
 def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
-    """The loops of a checkpoint and its refiner, with graphs named as in ``specs``.
+    """The loops of a checkpoint and its refiner, with graphs named as in ``specs``; the defaults are those asked for.
 
     Raises DexportError for two checkpoints of which one cannot go on with what the other made.
     """
+    return tuple(_with_defaults(stage, checkpoint) for stage in _stages(checkpoint, shape))
+
+
+def _stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
     own = checkpoint.family.stages(checkpoint, shape)
     if checkpoint.refiner is None:
         return own
@@ -95,6 +118,17 @@ def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
             span=(HANDOVER, 1.0),
         ),
     )
+
+
+def _with_defaults(stage: Stage, asked: Checkpoint) -> Stage:
+    if asked.steps is not None:
+        stage = replace(stage, steps=asked.steps)
+    if asked.guidance is None:
+        return stage
+    if stage.guidance.kind == "none" and asked.guidance > 1:
+        raise DexportError("this model was made to draw without guidance; leave --guidance out")
+    kind = "none" if stage.guidance.kind == "cfg" and asked.guidance <= 1 else stage.guidance.kind
+    return replace(stage, guidance=replace(stage.guidance, kind=kind, scale=float(asked.guidance)))
 
 
 def owner(checkpoint: Checkpoint, graph: str) -> Checkpoint:

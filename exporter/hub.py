@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from exporter import ensemble
 from exporter import tokenizer as tokenizers
 from exporter.checkpoint import Checkpoint
+from exporter.ensemble import Origin
 from exporter.families import Shape, Spec
 from runtimes.bundle import HUB, publish
 from runtimes.check import ELEMENTS, SIDE, check_model
@@ -20,49 +21,34 @@ INLINE = 1024  # bytes: a tensor up to this size stays in model.onnx, where shap
 
 
 def export(
-    checkpoint: Path | str | Checkpoint,
+    checkpoint: Origin | Checkpoint | Path | str,
     output: Path | str,
     *,
-    refiner: Path | str | None = None,
-    config: Path | str | None = None,
-    loras: Sequence[Path | str] = (),
-    clip_skip: int = 1,
     shape: tuple[int, int] | None = None,
     dynamic_shape: bool = False,
     graphs: Collection[str] | None = None,
-    steps: int | None = None,
-    guidance: float | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> Model:
     """Export a checkpoint, or what was read of one, to the hub folder ``output`` and return what hub.json says.
 
-    ``refiner``: a second checkpoint, which goes on with what the first one draws (``exporter.ensemble``). ``config``,
-    ``loras`` and ``clip_skip``: of the first one, as in ``exporter.checkpoint.read``. ``shape`` is (height, width) of
-    the picture in pixels, the checkpoint's own by default; with ``dynamic_shape`` the graphs take every size.
-    ``graphs``: the names of those to export, all by default. ``steps``, ``guidance``: the model's defaults, in place of
-    its family's; a model that was distilled to need no guidance says so nowhere, and is one with ``guidance`` up to 1.
-    ``output`` appears whole or not at all. Raises DexportError for input that is missing, damaged or not supported, and
-    for a full disk.
+    ``shape`` is (height, width) of the picture in pixels, the checkpoint's own by default; with ``dynamic_shape`` the
+    graphs take every size. ``graphs``: the names of those to export, all by default. ``output`` appears whole or not at
+    all. Raises DexportError for input that is missing, damaged or not supported, and for a full disk.
     """
     output = Path(output)
     if isinstance(checkpoint, Checkpoint):
         source = checkpoint
     else:
-        source = ensemble.read(
-            checkpoint, refiner, config=config, loras=loras, clip_skip=clip_skip, progress=_within(progress, 0.0, 0.05)
-        )
+        source = ensemble.read(checkpoint, progress=_within(progress, 0.0, 0.05))
     family = source.family
     size = Shape(*(shape or family.default_shape(source)), free=dynamic_shape)
     if max(size.height, size.width) > SIDE or 3 * size.height * size.width > ELEMENTS:
         raise DexportError(f"a picture of {size.height}x{size.width} pixels is too large; choose a smaller --shape")
     specs = _choose(ensemble.specs(source, size), graphs)
-    found = tuple(_only(stage, specs) for stage in ensemble.stages(source, size) if stage.denoiser in specs)
-    stages = tuple(_with_defaults(stage, steps, guidance) for stage in found)
-    for stage in stages:
-        compile_table(
-            stage.scheduler, stage.steps, start=stage.span[0], end=stage.span[1]
-        )  # now, not after an export that nothing could run
+    stages = tuple(_only(stage, specs) for stage in ensemble.stages(source, size) if stage.denoiser in specs)
+    for stage in stages:  # now, not after an export that nothing could run
+        compile_table(stage.scheduler, stage.steps, start=stage.span[0], end=stage.span[1])
     with publish(output, overwrite) as folder:
         made = {}
         for index, (name, spec) in enumerate(specs.items()):
@@ -153,18 +139,6 @@ def _only(stage: Stage, made: Collection[str]) -> Stage:
         return name if name in made else None
 
     return replace(stage, text=kept(stage.text), decoder=kept(stage.decoder), encoder=kept(stage.encoder))
-
-
-def _with_defaults(stage: Stage, steps: int | None, guidance: float | None) -> Stage:
-    """The stage with the steps and the scale of guidance that were asked for, if any."""
-    if steps is not None:
-        stage = replace(stage, steps=steps)
-    if guidance is None:
-        return stage
-    if stage.guidance.kind == "none" and guidance > 1:
-        raise DexportError("this model was made to draw without guidance; leave --guidance out")
-    kind = "none" if stage.guidance.kind == "cfg" and guidance <= 1 else stage.guidance.kind
-    return replace(stage, guidance=replace(stage.guidance, kind=kind, scale=float(guidance)))
 
 
 def _within(progress: Progress, start: float, part: float) -> Progress:

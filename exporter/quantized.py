@@ -5,33 +5,28 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
-from calibration import mixed, prompts, quality, recipe, sensitivity
+from calibration import mixed, prompts, quality, recipe
 from calibration.calibrate import calibrate, source
 from calibration.coverage import coverage
-from calibration.mixed import SURE, Costs, Gain
-from calibration.numbers import NUMBERS, with_half_scales
+from calibration.mixed import SURE, Gain
+from calibration.numbers import NUMBERS
 from calibration.observe import Statistics, is_statistics
 from calibration.observe import load as load_statistics
-from calibration.quality import Budget, Judged, Quality
+from calibration.quality import Budget
 from calibration.ranges import OBSERVERS
 from calibration.recipe import Done, Recipe
-from calibration.split import split
-from exporter import compile as compilers
 from exporter import hub as hubs
-from exporter import latency
-from runtimes.backends.onnxruntime import OnnxRuntimeSession
+from exporter.tries import Calibrated, Tries
 from runtimes.backends.openvino import HINT
 from runtimes.errors import DexportError, Progress, silent
 from runtimes.manifest import Graph, Model, Stage
-from runtimes.session import Session, require
 from runtimes.target import Target
 
 PRECISIONS = tuple(NUMBERS)
@@ -40,7 +35,7 @@ BESIDE = {"onnxruntime": "fp32", "openvino": "bf16", "tensorrt": "fp16"}
 SIMULATED = "simulated on ONNX Runtime: the same 8-bit numbers, fp32 beside them"
 BUDGET = "psnr=30"  # what is asked for where the user asks for nothing
 KEPT = "more noise for each second that 8 bits save than in any block that is quantized"
-MULTIPLICATIONS = 1e12  # a second, on a target that cannot be timed: only the blocks' proportions count
+KEPT_UNTIMED = "more noise for its multiplications than in any block that is quantized; nothing was timed"
 NOT_FASTER = "8 bits make it no faster on the target"
 
 
@@ -98,17 +93,6 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Calibrated:
-    """A hub's denoiser with all that quantizing it for any target needs."""
-
-    hub: Path
-    model: Model
-    statistics: Statistics
-    judged: Judged
-    settings: Settings
-
-
-@dataclass(frozen=True)
 class Made:
     """The denoiser as it was compiled, and what the manifest tells of it."""
 
@@ -130,12 +114,12 @@ def prepare(model: Model, hub: Path, settings: Settings, progress: Progress = si
     statistics = _statistics(model, hub, settings, lambda what, share: progress(what, share * 0.7))
     kept = settings.split(model)[1]
     judged = quality.draw_float(model, hub, kept, lambda what, share: progress(f"float {what}", 0.7 + share * 0.3))
-    return Calibrated(hub, model, statistics, judged, settings)
+    return Calibrated(hub, model, statistics, judged, settings.recipe)
 
 
 def make(
-    calibrated: Calibrated, model: Model, output: Path, target: Target, precision: str, max_batch: int,
-    cache: Path | None, progress: Progress = silent, islands: Collection[str] = frozenset(),
+    calibrated: Calibrated, budget: Budget, model: Model, output: Path, target: Target, precision: str,
+    max_batch: int, cache: Path | None, progress: Progress = silent, islands: Collection[str] = frozenset(),
 ) -> Made:  # fmt: skip
     """Quantize and compile the denoiser into ``output``/denoiser for a target.
 
@@ -144,80 +128,17 @@ def make(
     machine cannot run the target, what is judged is the quantized graph on ONNX Runtime. Raises GateError where the
     budget cannot be met.
     """
-    name = model.stages[0].denoiser
-    hub_graph = calibrated.model.graphs[name]
-    file = calibrated.hub / hub_graph.file
-    here = runs_here(target)
-    numbers = NUMBERS[precision]
-    wanted = replace(
-        calibrated.settings.recipe,
-        dynamic=compilers.dynamic(target) and recipe.is_dynamic(ir.load(file)),
-        scores=compilers.integer_scores(target),
-        numbers=with_half_scales(numbers) if compilers.computes_in_fp16(target, precision) else numbers,
-    )
-    made: dict[frozenset[str], tuple[Graph, Path]] = {}
-    done: dict[frozenset[str], Done] = {}
     with tempfile.TemporaryDirectory(prefix=".quantized-", dir=output.parent) as work:
-
-        def write(keep: frozenset[str], folder: Path) -> Path:
-            graph, done[keep] = recipe.apply(ir.load(file), calibrated.statistics, replace(wanted, keep=keep))
-            onnx = folder / "model.onnx"
-            ir.save(graph, onnx, external_data=f"{onnx.name}.data", size_threshold_bytes=1024)
-            return onnx
-
-        def compiled(keep: frozenset[str]) -> tuple[Graph, Path]:
-            if keep not in made:
-                folder = Path(work) / f"{len(made)}" / name
-                folder.mkdir(parents=True)
-                with tempfile.TemporaryDirectory(prefix="hub-", dir=work) as quantized:
-                    graph = compilers.compile_graph(
-                        write(keep, Path(quantized)), hub_graph, folder, target, precision, max_batch=max_batch,
-                        islands=islands, cache=None if here else cache,  # most tries are made once and never again
-                    )  # fmt: skip
-                made[keep] = graph, folder.parent
-            return made[keep]
-
-        def opener(keep: frozenset[str]) -> Callable[[str], Session]:
-            graph, place = compiled(keep)
-            return _opener(model, output, target, name, place, graph)
-
-        def attempt(keep: frozenset[str]) -> Quality:
-            what = f"{len(keep)} blocks and layers in floating point" if keep else "everything in 8 bits"
-            progress(f"{target} {precision}: {what}", min(0.9, 0.3 * len(done)))
-            if here:
-                return quality.judge(calibrated.judged, model, output, opener(keep))
-            with tempfile.TemporaryDirectory(prefix="simulated-", dir=work) as quantized:
-                load = _simulated(calibrated, name, write(keep, Path(quantized)))
-                return quality.judge(calibrated.judged, calibrated.model, calibrated.hub, load)
-
-        def costs() -> Costs:
-            if here:
-                return _costs(calibrated, wanted, file, hub_graph, target, precision, Path(work), progress)
-            return _simulated_costs(calibrated, wanted, file, hub_graph, progress)
-
-        def race(*keeps: frozenset[str]) -> Gain:
-            if not here:
-                return Gain(0.0, 0.0)
-            progress(f"{target} {precision}: timing two good tries in turns", 0.9)
-            return latency.race([opener(keep)(name) for keep in keeps], calibrated.judged.calls[0][0])
-
-        plan = mixed.search(calibrated.settings.budget, attempt, costs, race)
-        keep = plan.chosen.keep
-        graph, place = compiled(keep)
-        for other in compilers.alternatives(graph, target, precision) if here else ():
-            progress(f"{target} {precision}: timing other settings in turns", 0.95)
-            loads = [_opener(model, output, target, name, place, one) for one in (graph, other)]
-            if latency.race([load(name) for load in loads], calibrated.judged.calls[0][0]).faster:
-                found = quality.judge(calibrated.judged, model, output, loads[1])
-                if found.median >= calibrated.settings.budget.psnr:
-                    graph, plan = other, replace(plan, chosen=replace(plan.chosen, quality=found))
+        tries = Tries(calibrated, (model, output), target, precision, Path(work), (max_batch, cache, islands), progress)
+        plan = mixed.search(budget, tries.judge, tries.costs, tries.race)
+        graph, place, plan = tries.settle(plan, budget)
         floats = "fp32" if graph.properties.get(HINT) == "f32" else BESIDE[target.backend]
-        report = _report(calibrated, plan, done[keep], floats, precision)
-        if not here:
+        report = _report(calibrated, budget, plan, tries.done[plan.chosen.keep], floats, precision)
+        if not tries.here:
             report["simulated"] = SIMULATED
-        folder = output / name
+        folder = output / calibrated.name
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.move(place / name, folder)
+        shutil.move(place / calibrated.name, folder)
     return Made(graph, report)
 
 
@@ -280,69 +201,16 @@ def _check_place(file: Path) -> None:
         raise DexportError(f"{file}: the folder cannot be written to; name a file in another one")
 
 
-def _opener(
-    model: Model, output: Path, target: Target, name: str, place: Path, graph: Graph
-) -> Callable[[str], Session]:
-    runtime = require(target.backend)
-
-    def load(wanted: str) -> Session:
-        if wanted == name:
-            return runtime.open(place / graph.file, graph, target.device, None, None)
-        return runtime.open(output / model.graphs[wanted].file, model.graphs[wanted], target.device, None, None)
-
-    return load
-
-
-def _simulated(calibrated: Calibrated, name: str, quantized: Path) -> Callable[[str], Session]:
-    """The hub on ONNX Runtime, with the quantized graph in the denoiser's place."""
-
-    def load(wanted: str) -> Session:
-        graph = calibrated.model.graphs[wanted]
-        return OnnxRuntimeSession(quantized if wanted == name else calibrated.hub / graph.file, graph, None)
-
-    return load
-
-
-def runs_here(target: Target) -> bool:
-    """Whether this machine has a device that runs a target; "local" is whatever one there is."""
-    here = [device.name for device in require(target.backend).devices()]
-    return target.device in here or (target.device == "local" and bool(here))
-
-
-def _costs(
-    calibrated: Calibrated, wanted: Recipe, file: Path, graph: Graph, target: Target, precision: str, work: Path,
-    progress: Progress,
-) -> Costs:  # fmt: skip
-    """What 8 bits cost in noise and save in seconds, measured."""
-    statistics, calls = calibrated.statistics, calibrated.judged.calls
-    gains = latency.measure(file, graph, statistics, wanted, calls[0][0], target, precision, work, progress)
-    slow = tuple(name for name, gain in gains.items() if gain.slow)
-    noise = sensitivity.noise(file, graph, statistics, wanted, calls, progress, apart=slow)
-    saved: dict[str, float] = {}
-    for name, gain in gains.items():
-        unit = name if gain.slow else recipe.block(name)
-        saved[unit] = saved.get(unit, 0.0) + gain.saved
-    return Costs(noise, dict.fromkeys(noise, 0.0) | saved, slow)
-
-
-def _simulated_costs(calibrated: Calibrated, wanted: Recipe, file: Path, graph: Graph, progress: Progress) -> Costs:
-    """The same where no seconds can be measured: all layers are taken to be as fast."""
-    noise = sensitivity.noise(file, graph, calibrated.statistics, wanted, calibrated.judged.calls, progress)
-    saved: dict[str, float] = {}
-    for layer in recipe.candidates(split(ir.load(file))[0])[0]:
-        unit = recipe.block(layer.name)
-        saved[unit] = saved.get(unit, 0.0) + layer.work / MULTIPLICATIONS
-    return Costs(noise, dict.fromkeys(noise, 0.0) | saved)
-
-
-def _report(calibrated: Calibrated, plan: mixed.Plan, done: Done, floats: str, precision: str) -> dict[str, Any]:
+def _report(
+    calibrated: Calibrated, budget: Budget, plan: mixed.Plan, done: Done, floats: str, precision: str
+) -> dict[str, Any]:
     covered, judged, found = coverage(calibrated.statistics), calibrated.judged, plan.chosen.quality
     timesteps = [float(inputs["timestep"][0]) for inputs, _ in judged.calls]
     return {
-        "budget_psnr_db": calibrated.settings.budget.psnr,
+        "budget_psnr_db": budget.psnr,
         "prompts": list(judged.prompts),
         "steps": judged.steps,
-        "observer": calibrated.settings.recipe.observer,
+        "observer": calibrated.recipe.observer,
         "psnr_db": [round(value, 2) for value in found.psnr],
         "timesteps": timesteps,
         "sqnr_db": [round(value, 2) for value in found.sqnr],
@@ -371,14 +239,14 @@ def _blocks(plan: mixed.Plan, done: Done, floats: str, precision: str) -> list[d
     chosen, costs = plan.chosen, plan.costs
     if costs is None:
         return [{"name": name, "precision": precision} for name in dict.fromkeys(map(recipe.block, done.quantized))]
-    found = []
+    found, why_kept = [], KEPT if costs.timed else KEPT_UNTIMED
     for name in sorted(costs.noise, key=costs.share, reverse=True):
         kept, slow = name in chosen.keep, name in costs.slow
         found.append({
             "name": name, "precision": floats if kept else precision,
-            "noise": _short(costs.share(name)), "saved_seconds": _short(costs.saved[name]),
+            "noise": _short(costs.share(name)), **({"saved_seconds": _short(costs.saved[name])} if costs.timed else {}),
             "sqnr_db": {f"{t:g}": round(-10 * float(np.log10(max(n, 1e-20))), 1) for t, n in costs.noise[name].items()},
-            **({"why": NOT_FASTER if slow else KEPT} if kept else {}),
+            **({"why": NOT_FASTER if slow else why_kept} if kept else {}),
         })  # fmt: skip
     return found
 

@@ -19,24 +19,30 @@ from runtimes.safetensors import WIDTHS, Entry, Stored, decode
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
+class _Made:
+    """What a made tensor has of the one that it is made of."""
+
+    base: Stored
+
+    @property
+    def file(self) -> Path:
+        """The file that this one lies in."""
+        return self.base.file
+
+    @property
+    def name(self) -> str:
+        """Its name there."""
+        return self.base.name
+
+
 @dataclass(frozen=True)
-class View:
+class View(_Made):
     """A part of a tensor, or its axes in another order; ``offset`` and ``strides`` count elements of ``base``."""
 
     base: Entry
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     offset: int
-
-    @property
-    def file(self) -> Path:
-        """The file that it lies in."""
-        return self.base.file
-
-    @property
-    def name(self) -> str:
-        """The whole tensor's name."""
-        return self.base.name
 
     @property
     def dtype(self) -> str:
@@ -69,7 +75,7 @@ def view(base: Entry, shape: tuple[int, ...], strides: tuple[int, ...], offset: 
 
 
 @dataclass(frozen=True)
-class Merged:
+class Merged(_Made):
     """A weight W with a low-rank update: W + scale · up · down, in fp32.
 
     ``down`` is [rank, ...] and ``up`` [out, rank, 1...]; W is [out, ...], a matrix or a convolution's kernel.
@@ -79,16 +85,6 @@ class Merged:
     down: Stored
     up: Stored
     scale: float
-
-    @property
-    def file(self) -> Path:
-        """The file of W."""
-        return self.base.file
-
-    @property
-    def name(self) -> str:
-        """The name of W."""
-        return self.base.name
 
     @property
     def dtype(self) -> str:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from runtimes.errors import DexportError
 from runtimes.manifest import Graph
-from runtimes.target import DEVICES
+from runtimes.target import DEVICES, Target
 
 Array = NDArray[Any]
 
@@ -71,6 +71,12 @@ def require(name: str) -> Backend:
     if found.version() is None:
         raise DexportError(f"the {name} runtime is not installed; run: pip install 'dexport[{found.EXTRA}]'")
     return found
+
+
+def runs_here(target: Target) -> bool:
+    """Whether this machine has a device that runs a target; "local" is whatever one there is."""
+    here = [device.name for device in require(target.backend).devices()]
+    return target.device in here or (target.device == "local" and bool(here))
 
 
 def check_inputs(graph: Graph, inputs: Mapping[str, Array]) -> None:

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
 from exporter import checkpoint, handles, hub, single_file, tokenizer, trace
+from exporter.ensemble import Origin
 from exporter.families import Shape
 from exporter.weights import bind, parameter_shapes
 from runtimes.errors import DexportError
@@ -62,7 +63,7 @@ def single(tiny_sd: Path, tmp_path: Path) -> Path:
 def test_a_single_file_is_the_folder(single: Path, tiny_sd: Path, tiny_hub: Path, tmp_path: Path) -> None:
     """Every tensor, and the exported graphs byte for byte."""
     read = same_tensors(single, tiny_sd)
-    hub.export(single, tmp_path / "hub", config=tiny_sd, graphs=["text", "decoder"])
+    hub.export(Origin(single, config=tiny_sd), tmp_path / "hub", graphs=["text", "decoder"])
     for graph, end in itertools.product(("text", "decoder"), ("", ".data")):
         path = f"{graph}/model.onnx{end}"
         assert (tmp_path / "hub" / path).read_bytes() == (tiny_hub / path).read_bytes()

@@ -3,29 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import pytest
 
-from exporter.build import build
-from runtimes.pipeline import Pipeline
 from tests.dexport.conftest import say  # noqa: F401  # a fixture
+from tests.families.harness import Built, build_all
 from tests.families.small import WRITERS
-
-
-@dataclass(frozen=True)
-class Built:
-    """Where a checkpoint, its hub and its bundles are."""
-
-    checkpoint: Path
-    hub: Path
-    bundles: dict[str, Path]  # by backend, in fp32
-
-    def pipeline(self, backend: str) -> Pipeline:
-        """The bundle of a backend, its files checked."""
-        return Pipeline.load(self.bundles[backend])
 
 
 @pytest.fixture(scope="session")
@@ -36,9 +20,6 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Built]:
     def made(name: str) -> Built:
         folder = tmp_path_factory.mktemp(name)
         WRITERS[name](folder / "checkpoint")
-        backends = ("onnxruntime", "openvino")
-        build(folder / "checkpoint", folder / "bundles", targets=backends, keep_hub=folder / "hub")
-        bundles = {backend: folder / "bundles" / f"{backend}-fp32" for backend in backends}
-        return Built(folder / "checkpoint", folder / "hub", bundles)
+        return build_all(folder / "checkpoint", folder)
 
     return made

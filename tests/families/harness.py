@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from exporter.build import build
-from exporter.ensemble import HANDOVER
+from exporter.ensemble import HANDOVER, Origin
 from runtimes import subject
 from runtimes.pipeline import Pipeline, Request
 
@@ -28,43 +28,56 @@ SEED = 11
 
 
 @dataclass(frozen=True)
+class Built:
+    """Where a checkpoint, its hub and its bundles are."""
+
+    checkpoint: Path
+    hub: Path
+    bundles: Mapping[str, Path]  # by backend, in fp32
+
+    def pipeline(self, backend: str) -> Pipeline:
+        """The bundle of a backend, its files checked."""
+        return Pipeline.load(self.bundles[backend])
+
+
+def build_all(checkpoint: Path, folder: Path, **said: Any) -> Built:
+    """Build a checkpoint for the backends that run on a CPU, gate included; ``said``: more fields of ``Origin``."""
+    made = build(
+        Origin(checkpoint, **said), folder / "bundles", targets=("onnxruntime", "openvino"), keep_hub=folder / "hub"
+    )
+    return Built(checkpoint, folder / "hub", {item.target: item.folder for item in made})
+
+
+@dataclass(frozen=True)
 class Family:
-    """A row: ``make`` writes the checkpoint into a folder; ``asked`` are fields of ``Request``, ``theirs`` what
-    diffusers' pipeline is asked for beside them, ``built`` further words for ``build``."""
+    """A row: ``make`` writes the checkpoint into a folder; ``asked``: fields of ``Request``, ``said``: of ``Origin``."""
 
     name: str
     make: Callable[[Path], Any]
     asked: Mapping[str, Any]
-    theirs: Mapping[str, Any] = field(default_factory=dict)
-    built: Mapping[str, Any] = field(default_factory=dict)
+    said: Mapping[str, Any] = field(default_factory=dict)
     refiner: Callable[[Path], Any] | None = None  # makes a second checkpoint, which goes on with what the first draws
 
 
 @dataclass(frozen=True)
 class Made:
-    """A family's checkpoint, hub and bundles by backend, and what diffusers draws: last latents and pictures."""
+    """A family's bundles, and what diffusers draws: last latents and pictures."""
 
     family: Family
-    checkpoint: Path
-    hub: Path
-    bundles: Mapping[str, Path]
+    built: Built
     latents: Array
     pictures: Array
 
 
 def make(family: Family, folder: Path) -> Made:
-    """Build the family's bundles for ONNX Runtime and OpenVINO, and draw with diffusers."""
+    """Build the family's bundles, and draw with diffusers."""
     family.make(folder / "checkpoint")
-    hub, targets, refiner = folder / "hub", ("onnxruntime", "openvino"), None
+    refiner = None
     if family.refiner is not None:
         refiner = folder / "refiner"
         family.refiner(refiner)
-    built = build(
-        folder / "checkpoint", folder / "bundles", targets=targets, keep_hub=hub, refiner=refiner, **family.built
-    )
-    latents, pictures = draw_theirs(family, folder / "checkpoint", refiner)
-    bundles = {item.target: item.folder for item in built}
-    return Made(family, folder / "checkpoint", hub, bundles, latents, pictures)
+    built = build_all(folder / "checkpoint", folder, refiner=refiner, **family.said)
+    return Made(family, built, *draw_theirs(family, folder / "checkpoint", refiner))
 
 
 def draw(pipeline: Pipeline, request: Request) -> tuple[Array, Array]:
@@ -93,7 +106,7 @@ def draw_theirs(family: Family, folder: Path, refiner: Path | None = None) -> tu
     asked, kept = dict(family.asked), []
     words = {
         "prompt": list(asked["prompts"]), "num_inference_steps": asked["steps"], "output_type": "np",
-        "guidance_scale": asked.get("guidance", 0.0), **family.theirs,
+        "guidance_scale": asked.get("guidance", 0.0),
     }  # fmt: skip
     if "image" in asked:
         words |= {"image": encode(pipe.vae, asked["image"]), "strength": asked["strength"]}

@@ -20,8 +20,7 @@ from runtimes.image import read_settings
 from runtimes.manifest import Labels
 from runtimes.pipeline import Request
 from tests.dexport.conftest import Say
-from tests.families.conftest import Built
-from tests.families.harness import ours, theirs
+from tests.families.harness import Built, ours, theirs
 from tests.families.small import NAMES
 
 Make = Callable[[str], Built]

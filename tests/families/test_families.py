@@ -13,7 +13,7 @@ from exporter.inspect import inspect
 from runtimes.accuracy import psnr
 from runtimes.bench import bench
 from runtimes.bundle import verify
-from runtimes.pipeline import Pipeline, Request
+from runtimes.pipeline import Request
 from runtimes.session import backend
 from runtimes.target import Target
 from tests.families.harness import Family, Made, draw, make, picture
@@ -30,7 +30,7 @@ PROMPTS = ("red apple", "a")
 FAMILIES = [
     Family("sd-2", sd_2, {"prompts": PROMPTS, "steps": 4, "guidance": 6.0}),
     Family("sdxl-refined", sdxl, {"prompts": PROMPTS, "steps": 6, "guidance": 6.0}, refiner=refiner),
-    Family("sdxl-turbo", sdxl_turbo, {"prompts": PROMPTS, "steps": 2}, built={"guidance": 0, "steps": 2}),
+    Family("sdxl-turbo", sdxl_turbo, {"prompts": PROMPTS, "steps": 2}, said={"guidance": 0, "steps": 2}),
     Family("refiner", refiner, {"prompts": PROMPTS, "steps": 8, "strength": 0.5, "guidance": 6.0, "image": picture()}),
     Family("lcm", latent_consistency, {"prompts": PROMPTS, "steps": 3, "guidance": 6.0}),
 ]
@@ -43,7 +43,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
 def test_bundle_draws_what_diffusers_draws(made: Made, name: str) -> None:
-    latents, pictures = draw(Pipeline.load(made.bundles[name]), Request(**made.family.asked))
+    latents, pictures = draw(made.built.pipeline(name), Request(**made.family.asked))
     assert np.abs(latents - made.latents).max() <= LATENTS
     assert psnr(made.pictures, pictures) >= PICTURES
     assert np.std(made.pictures) > 0.01 and np.std(latents[0] - latents[-1]) > 0.01  # else anything would agree
@@ -51,7 +51,7 @@ def test_bundle_draws_what_diffusers_draws(made: Made, name: str) -> None:
 
 def test_bundle_proves_itself(made: Made) -> None:
     """Golden outputs of every graph, whichever checkpoint it is of; and it is timed and described."""
-    folder = made.bundles["onnxruntime"]
+    folder = made.built.bundles["onnxruntime"]
     checks, found = verify(folder), inspect(folder)
     assert all(check.passed for check in checks)
     assert {check.graph for check in checks} == set(found["graphs"]) == set(bench(folder, repeats=1)["graphs"])
@@ -61,11 +61,11 @@ def test_bundle_proves_itself(made: Made) -> None:
 def test_engine_of_the_denoiser_is_built(made: Made, tmp_path: Path) -> None:
     if backend("tensorrt").version() is None:
         pytest.skip("TensorRT is not installed")
-    model = hub.load(made.hub)
+    model = hub.load(made.built.hub)
     for stage in model.stages:
         graph = model.graphs[stage.denoiser]
         (tmp_path / stage.denoiser).mkdir()
         built = compilers.compile_graph(
-            made.hub / graph.file, graph, tmp_path / stage.denoiser, Target.parse("tensorrt:sm89"), "fp32"
+            made.built.hub / graph.file, graph, tmp_path / stage.denoiser, Target.parse("tensorrt:sm89"), "fp32"
         )
         assert (tmp_path / built.file).stat().st_size > 10_000

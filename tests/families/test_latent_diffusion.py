@@ -23,8 +23,7 @@ from runtimes.pipeline import Pipeline, Request
 from runtimes.session import backend
 from runtimes.target import Target
 from tests.dexport.conftest import Say
-from tests.families.conftest import Built
-from tests.families.harness import ours, theirs
+from tests.families.harness import Built, ours, theirs
 from tests.families.small import vq
 
 Make = Callable[[str], Built]

@@ -25,8 +25,7 @@ from runtimes.image import read_settings
 from runtimes.pipeline import Request
 from runtimes.target import Target
 from tests.dexport.conftest import Say
-from tests.families.conftest import Built
-from tests.families.harness import ours, theirs
+from tests.families.harness import Built, ours, theirs
 
 Make = Callable[[str], Built]
 LEAST_DB = 80  # fp32 gives 105 to 130; the bound of a mistake in one coefficient would be far below

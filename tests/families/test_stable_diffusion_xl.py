@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from exporter import checkpoint, ensemble
+from exporter.ensemble import Origin
 from exporter.families import Shape
 from exporter.inspect import inspect
 from runtimes.errors import DexportError
@@ -42,7 +43,7 @@ def copy(saved: dict[str, Path], tmp_path: Path) -> Copy:
 
 
 def test_base_and_refiner_are_two_stages(saved: dict[str, Path]) -> None:
-    joined = ensemble.read(saved["base"], saved["refiner"])
+    joined = ensemble.read(Origin(saved["base"], saved["refiner"]))
     specs, (first, last) = ensemble.specs(joined, SHAPE), ensemble.stages(joined, SHAPE)
     assert set(specs) == {"text", "denoiser", "encoder", "refiner_text", "refiner_denoiser", "refiner_decoder"}
     assert [(stage.name, stage.span) for stage in (first, last)] == [("base", (0.0, 0.8)), ("refiner", (0.8, 1.0))]
@@ -84,7 +85,7 @@ def test_checkpoints_that_do_not_fit(
 ) -> None:
     folder = copy(name, file, **changes)
     with pytest.raises(DexportError, match=words) as error:
-        joined = ensemble.read(**{"path": saved["base"], "refiner": saved["refiner"], ROLES[name]: folder})
+        joined = ensemble.read(Origin(**{"path": saved["base"], "refiner": saved["refiner"], ROLES[name]: folder}))
         ensemble.specs(joined, SHAPE)
         ensemble.stages(joined, SHAPE)
     assert "\n" not in str(error.value)
@@ -95,4 +96,4 @@ ROLES = {"base": "path", "refiner": "refiner"}
 
 def test_a_refiner_is_no_base(saved: dict[str, Path]) -> None:
     with pytest.raises(DexportError, match="does not draw from noise; give the base first"):
-        ensemble.stages(ensemble.read(saved["refiner"], saved["base"]), SHAPE)
+        ensemble.stages(ensemble.read(Origin(saved["refiner"], saved["base"])), SHAPE)
