@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,18 +20,22 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+EVERY = 60.0  # seconds from one line of progress to the next, where there is no terminal
 OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jxl", ".ppm", ".svg")
 
 
 @contextlib.contextmanager
 def working(quiet: bool = False) -> Iterator[Progress]:
-    """Give a progress function that draws a bar on stderr where that is a terminal.
+    """Give a progress function that draws a bar on stderr where that is a terminal, and a line now and then elsewhere.
 
     While the work lasts, whatever a library prints goes to stderr too: stdout belongs to the result.
     """
     with contextlib.redirect_stdout(sys.stderr):
-        if quiet or sys.stderr is None or not sys.stderr.isatty():  # a daemon may have none
+        if quiet or sys.stderr is None:  # a daemon may have none
             yield silent
+            return
+        if not sys.stderr.isatty():
+            yield _lines()
             return
         from rich.console import Console
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -45,6 +50,19 @@ def working(quiet: bool = False) -> Iterator[Progress]:
         with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
             task = bars.add_task("starting", total=1.0)
             yield lambda what, share: bars.update(task, description=what, completed=share)
+
+
+def _lines() -> Progress:
+    """Progress for a log: one line every ``EVERY`` seconds, so none for what is done sooner."""
+    last = time.monotonic()
+
+    def say(what: str, share: float) -> None:
+        nonlocal last
+        if time.monotonic() - last >= EVERY:
+            last = time.monotonic()
+            click.echo(f"{share:4.0%}  {what}", err=True)
+
+    return say
 
 
 def print_json(value: Any) -> None:

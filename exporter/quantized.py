@@ -224,7 +224,7 @@ def _report(
         ],
         "kept": list(plan.chosen.blocks),
         "not_faster": list(plan.chosen.layers),
-        "blocks": _blocks(plan, done, floats, precision),
+        "blocks": blocks(plan, done, floats, precision),
         "calibration": {
             **dict(calibrated.statistics.settings), "calls": covered.calls, "late": round(covered.late, 4),
             "by_timestep": {f"{t:g}": count for t, count in covered.by_timestep.items()},
@@ -234,7 +234,7 @@ def _report(
     }  # fmt: skip
 
 
-def _blocks(plan: mixed.Plan, done: Done, floats: str, precision: str) -> list[dict[str, Any]]:
+def blocks(plan: mixed.Plan, done: Done, floats: str, precision: str) -> list[dict[str, Any]]:
     """Each block that could be quantized, and each layer that counts by itself: what became of it, and its figures."""
     chosen, costs = plan.chosen, plan.costs
     if costs is None:

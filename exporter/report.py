@@ -151,8 +151,10 @@ def _steps(found: Mapping[str, Any]) -> str:
     rows = [
         (str(at + 1), f"{t:g}", f"{db:.1f}") for at, (t, db) in enumerate(zip(found["timesteps"], calls, strict=True))
     ]
+    twice = len(calls) == 2 * len(latents)
     return (
         "<h3>The first picture, step by step</h3>"
+        + ("<p>Each step has two calls: without the prompt, then with it.</p>" if twice else "")
         + _chart({"the output of each call, on fp32's inputs": calls, "latents after each step of a free run": latents})
         + _table(("call", "timestep", "SQNR of its output, dB"), rows)
         + _table(("step", "SQNR of the latents, dB"), [(str(at + 1), f"{db:.1f}") for at, db in enumerate(latents)])

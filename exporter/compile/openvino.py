@@ -39,7 +39,7 @@ from runtimes.manifest import Graph
 from runtimes.session import require
 from runtimes.target import Target
 
-WHY = "OpenVINO stores weights in fp32 or fp16 and computes in f32, f16 or bf16"
+WHY = "OpenVINO computes in fp32, fp16, bf16 and whole numbers of 8 bits"
 WEIGHTS = {"fp32": "fp32", "fp16": "fp16", "bf16": "fp16", "int8": "fp16", "w8": "fp32", "w4": "fp32"}
 """What weights are stored in that are not narrower already; bf16 would lose three bits that fp16 keeps."""
 DYNAMIC = ("cpu",)  # linear layers of narrow weights round activations themselves; not run on GPU and NPU

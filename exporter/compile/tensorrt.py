@@ -22,7 +22,7 @@ from runtimes.errors import DexportError, Progress
 from runtimes.manifest import Graph
 from runtimes.target import Target
 
-WHY = "its GPU has no kernels for it"
+WHY = "its GPU has no kernels for it, or dexport builds no engines so"
 DYNAMIC = ()  # its int8 kernels take one scale for an activation, known when the engine is built
 SCORES = ()  # its fused attention is of floats
 QUANTIZED = ("int8", "fp8")  # layers as the graph's QDQ says; what is beside them is fp16, which a GPU is fast with

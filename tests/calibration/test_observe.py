@@ -116,6 +116,11 @@ def test_files_that_are_refused(samples: list[Array], tmp_path: Path) -> None:
     damaged({"about": np.frombuffer(b"{", np.uint8)}, "damaged")
     damaged({"peaks/h": tensors["peaks/h"][:2]}, "'h' are damaged")
     damaged({"bounds/h": tensors["bounds/h"] * np.nan}, "damaged|finite")
+    damaged(said(calls=[]), "damaged; calibrate again")
+    damaged({"powers/h": tensors["powers/h"] * np.nan}, "'h' are damaged; calibrate again")
+    damaged({"histogram/h": -tensors["histogram/h"]}, "'h' are damaged; calibrate again")
+    damaged({"histogram/h": 0 * tensors["histogram/h"]}, "'h' are damaged; calibrate again")
+    damaged({"bounds/h": tensors["bounds/h"] > 0}, "'h' are damaged; calibrate again")
     write(tmp_path / "other", {"weight": np.zeros(3, np.float32)})
     with pytest.raises(DexportError, match="no calibration statistics"):
         observe.load(tmp_path / "other", "abc")

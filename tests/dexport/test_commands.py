@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dexport import console
 from dexport.cli import main
 from runtimes.image import read_settings
 
@@ -69,8 +70,12 @@ def test_build_of_several_makes_a_folder_of_bundles(say: Say, workshop: Workshop
 
 
 def test_export_then_compile_gives_a_bundle_without_a_proof(say: Say, workshop: Workshop, tmp_path: Path) -> None:
-    exported = say("export", workshop.checkpoint, "-o", tmp_path / "hub", "--shape", "32x48", "--json")
+    words = ("--shape", "32x48", "--sampler", "euler", "--steps", 7, "--guidance", 3, "--json")
+    exported = say("export", workshop.checkpoint, "-o", tmp_path / "hub", *words)
     assert exported.code == 0, exported.err
+    described = say("inspect", tmp_path / "hub", "--json").json
+    assert (described["sampler"], described["steps"]) == ("EulerDiscreteScheduler", 7)
+    assert described["guidance"] == "cfg, scale 3"
     assert set(exported.json["graphs"]) == {"text", "denoiser", "decoder", "encoder"}
     assert say("inspect", tmp_path / "hub", "--json").json["image"] == "32x48 pixels"
     words = ("compile", tmp_path / "hub", "--target", "onnxruntime", "-o", tmp_path / "bundle", "--no-cache", "--json")
@@ -289,3 +294,15 @@ def test_completion_completes(words: str, expected: set[str]) -> None:
     found = BashComplete(main, {}, "dexport", "_DEXPORT_COMPLETE").get_completions(before, last)
     assert expected <= {item.value for item in found}
     assert all(item.value.startswith(last) for item in found)
+
+
+def test_progress_in_a_log_is_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 59.0, 61.0, 61.0, 90.0, 200.0, 200.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    with console.working() as progress:
+        for index, share in enumerate((0.1, 0.2, 0.3, 0.4)):
+            progress(f"step {index}", share)
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", " 20%  step 1\n 40%  step 3\n")

@@ -19,12 +19,13 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from exporter.compile import check, compile_graph, precisions
+from exporter.compile import alternatives, check, compile_graph, openvino, precisions
 from exporter.compile.onnxruntime import pack_attention
 from runtimes.errors import DexportError
-from runtimes.manifest import Tensor
+from runtimes.manifest import Graph, Tensor
 from runtimes.session import backend, require
 from runtimes.target import Target
+from tests.calibration import small
 from tests.exporter.graphs import SAMPLES, relative
 
 
@@ -349,3 +350,37 @@ class TestCache:
         weights.symlink_to("other")
         with pytest.raises(DexportError, match="which is no file beside it"):
             self.compile(paths)
+
+
+def test_large_weights_are_stored_in_fp16_and_the_rest_is_left() -> None:
+    random = np.random.default_rng(0)
+    weights = {
+        "w": random.standard_normal((64, 32)).astype(np.float32), "b": np.ones(32, np.float32),
+        "beyond": np.full((64, 32), 1e6, np.float32), "scale": np.full(2048, 0.1, np.float32),
+        "zero": np.zeros(2048, np.int8),
+    }  # fmt: skip
+    text = (
+        "g (float[B,64] x, float[B,2048] z) => (float[B,32] y, float[B,2048] t) { p = MatMul(x, w) q = Add(p, b)"
+        " r = MatMul(x, beyond) y = Add(q, r) n = QuantizeLinear<axis=1>(z, scale, zero)"
+        " t = DequantizeLinear<axis=1>(n, scale, zero) }"
+    )
+    model, modified = openvino.store_in_fp16(small.graph(text, weights))
+    kinds = {name: value.dtype for name, value in model.graph.initializers.items()}
+    assert modified and kinds["w_fp16"] == ir.DataType.FLOAT16 and "w" not in kinds
+    assert all(kinds[name] == ir.DataType.FLOAT for name in ("b", "beyond", "scale"))
+    given = {
+        "x": random.standard_normal((3, 64)).astype(np.float32),
+        "z": random.standard_normal((3, 2048), np.float32),
+    }
+    whole, half = (small.run(one, given) for one in (small.graph(text, weights), model))
+    assert 0 < np.abs(half["y"] - whole["y"]).max() / np.abs(whole["y"]).max() < 1e-3
+    np.testing.assert_array_equal(half["t"], whole["t"])
+
+
+def test_what_is_beside_8_bits_may_compute_in_f32_too() -> None:
+    graph = Graph("denoiser", "denoiser/model.xml", (), (), {"INFERENCE_PRECISION_HINT": "bf16", "weights": "fp16"})
+    (other,) = alternatives(graph, Target.parse("openvino"), "int8")
+    assert other == replace(graph, properties={**graph.properties, "INFERENCE_PRECISION_HINT": "f32"})
+    assert alternatives(other, Target.parse("openvino"), "int8") == ()
+    for target, precision in (("openvino", "bf16"), ("openvino:gpu", "int8"), ("onnxruntime", "int8")):
+        assert alternatives(graph, Target.parse(target), precision) == ()

@@ -21,6 +21,7 @@ from calibration.graph import Array
 from calibration.numbers import NUMBERS, with_half_scales
 from calibration.observe import Statistics
 from calibration.quality import SEED, Budget, Quality, draw_float
+from calibration.recipe import Done
 from exporter import build, hub, quantized
 from exporter.compile import check
 from exporter.quantized import Quantization
@@ -314,3 +315,17 @@ def test_in_the_end_the_good_tries_race(saved: float, error: float, kept: int) -
 )
 def test_blocks(name: str, expected: str) -> None:
     assert recipe.block(name) == expected
+
+
+def test_a_report_has_seconds_only_where_something_was_timed() -> None:
+    quality, done = Quality((35.0,), (), ()), Done((), (), {})
+    for timed in (True, False):
+        costs = mixed.Costs({"a": {1.0: 0.5}, "b": {1.0: 0.1}}, {"a": 2e6, "b": 1e6}, timed=timed)
+        chosen = mixed.Attempt(("a",), (), quality)
+        kept, other = quantized.blocks(mixed.Plan(chosen, (chosen,), costs), done, "fp32", "int8")
+        assert (kept["precision"], other["precision"]) == ("fp32", "int8") and "why" not in other
+        assert ("saved_seconds" in kept, "second" in kept["why"], "multiplications" in kept["why"]) == (
+            timed,
+            timed,
+            not timed,
+        )

@@ -50,7 +50,7 @@ def build_all(checkpoint: Path, folder: Path, **said: Any) -> Built:
 
 @dataclass(frozen=True)
 class Family:
-    """A row: ``make`` writes the checkpoint into a folder; ``asked``: fields of ``Request``, ``said``: of ``Origin``."""
+    """A row: ``make`` writes the checkpoint into a folder; ``asked``: for ``Request``, ``said``: for ``Origin``."""
 
     name: str
     make: Callable[[Path], Any]
