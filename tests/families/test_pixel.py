@@ -160,7 +160,7 @@ def test_int8_is_calibrated_on_classes_or_seeds(say: Say, built: Make, tmp_path:
     said = say("compile", built("grey").hub, *words)
     assert said.code == 0, said.err
     assert say("run", tmp_path / "bundle", "--steps", 2, "-o", tmp_path / "x.png").code == 0
-    (tmp_path / "prompts.txt").write_text("1\n2\n3\nhorse\n")
+    (tmp_path / "prompts.txt").write_text("1\n2\n3\n4\n5\nhorse\n")
     for name, line in (("grey", "takes no prompts"), ("consistency", "no class 'horse'")):
         said = say("calibrate", built(name).hub, "--prompts", tmp_path / "prompts.txt", "-o", tmp_path / "other")
         assert said.code == 2 and line in said.err
