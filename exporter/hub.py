@@ -110,11 +110,11 @@ def _export_graph(source: Checkpoint, name: str, spec: Spec, folder: Path, progr
     import onnx_ir
 
     from exporter import passes, trace
-    from exporter.weights import bind, parameter_shapes
+    from exporter.weights import bind, parameter_shapes, tied
 
     progress(f"{name}: tracing", 0.0)
     modules = trace.build(spec)
-    model = trace.trace(spec, modules, bind(ensemble.owner(source, name), parameter_shapes(modules)))
+    model = trace.trace(spec, modules, bind(ensemble.owner(source, name), parameter_shapes(modules), tied(modules)))
     progress(f"{name}: optimizing", 0.5)
     model = passes.run(model, passes.HUB)
     progress(f"{name}: writing", 0.7)

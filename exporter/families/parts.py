@@ -183,6 +183,25 @@ def check_channels(config: Config, channels: int) -> None:
         )
 
 
+def check_transformer(config: Config, channels: int) -> None:
+    """Raise DexportError for a transformer that takes or gives something else than the autoencoder's ``channels``."""
+    taken = whole("transformer", config, "in_channels", channels)
+    given = whole("transformer", config, "out_channels", taken)
+    if (taken, given) != (channels, channels):
+        raise DexportError(
+            f"transformer/config.json: {taken} channels in and {given} out where the autoencoder's latents have "
+            f"{channels}; models that are shown a picture (inpainting, editing) are not supported"
+        )
+
+
+def check_patches(shape: Shape, multiple: int, most: int) -> None:
+    """Raise DexportError for a picture without whole tokens, or larger than ``most``; both in pixels."""
+    if shape.height % multiple or shape.width % multiple:
+        raise DexportError(f"{shape.height}x{shape.width} pixels: this model needs multiples of {multiple}")
+    if max(shape.height, shape.width) > most:
+        raise DexportError(f"{shape.height}x{shape.width} pixels: this model knows positions up to {most} pixels")
+
+
 def tokens(checkpoint: Checkpoint, component: str, name: str) -> Tensor:
     """The token ids that a text encoder takes: as many as it has positions."""
     config = checkpoint.components[component].config

@@ -1,0 +1,62 @@
+"""Tiny checkpoints of flow transformers of text, of diffusers' own classes with random weights: one writer each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from transformers import T5Config, T5EncoderModel
+
+from tests.families.small import save, tokenizer
+from tests.tiny import clip, kl_autoencoder
+from tests.words import write_t5
+
+PIXELS = 32  # a side of what they draw
+
+
+def noisy(model: Any, scale: float = 0.2) -> Any:
+    """The model with noise on its weights: fresh ones leave the gates of blocks next to zero."""
+    for weight in model.parameters():
+        weight.data.add_(scale * torch.randn_like(weight))
+    return model
+
+
+def t5(folder: Path, width: int) -> tuple[Any, Any]:
+    """A T5 encoder with states of ``width``, and its tokenizer."""
+    words = write_t5(folder.with_name(f"{folder.name}-t5"))
+    config = T5Config(
+        vocab_size=len(words), d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2,
+        feed_forward_proj="gated-gelu", relative_attention_num_buckets=8,
+    )  # fmt: skip
+    return noisy(T5EncoderModel(config)), words
+
+
+def sd_3(folder: Path, *, with_t5: bool = True, kind: Any = diffusers.StableDiffusion3Pipeline, **options: Any) -> None:
+    """As 3.5 medium: attention twice in the first block, normed queries; latents that are shifted."""
+    torch.manual_seed(3)
+    words, words_2 = tokenizer(folder, "words"), tokenizer(folder, "words-2", "!")
+    encoder, words_3 = t5(folder, 48) if with_t5 else (None, None)
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=48, caption_projection_dim=16, pooled_projection_dim=24,
+        pos_embed_max_size=12, dual_attention_layers=(0,), qk_norm="rms_norm",
+    )  # fmt: skip
+    save(
+        folder, kind, transformer=noisy(transformer), text_encoder=clip(len(words), projected=True, projection_dim=8),
+        text_encoder_2=clip(len(words_2), projected=True, hidden_size=16, projection_dim=16), text_encoder_3=encoder,
+        tokenizer=words, tokenizer_2=words_2, tokenizer_3=words_3,
+        vae=kl_autoencoder(2, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False,
+                           use_post_quant_conv=False, sample_size=PIXELS),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **options}),
+    )  # fmt: skip
+
+
+def sd_3_without_t5(folder: Path) -> None:
+    """Without T5, and with noise that is shifted by the resolution."""
+    sd_3(folder, with_t5=False, use_dynamic_shifting=True)
+
+
+def sd_3_of_pictures(folder: Path) -> None:
+    sd_3(folder, kind=diffusers.StableDiffusion3Img2ImgPipeline)
