@@ -23,6 +23,7 @@ PIPELINES = {
     "DDIMPipeline": "pixel",
     "DDPMPipeline": "pixel",
     "DiTPipeline": "dit",
+    "FluxPipeline": "flux",
     "LDMPipeline": "latent_diffusion",
     "LDMSuperResolutionPipeline": "latent_diffusion",
     "LatentConsistencyModelPipeline": "stable_diffusion",

@@ -183,15 +183,26 @@ def check_channels(config: Config, channels: int) -> None:
         )
 
 
-def check_transformer(config: Config, channels: int) -> None:
-    """Raise DexportError for a transformer that takes or gives something else than the autoencoder's ``channels``."""
-    taken = whole("transformer", config, "in_channels", channels)
+def check_transformer(config: Config, channels: int, packed: int = 1) -> None:
+    """Raise DexportError for a transformer that takes or gives something else than the autoencoder's ``channels``.
+
+    packed: the side of the patches in which it takes them.
+    """
+    wanted = channels * packed * packed
+    taken = whole("transformer", config, "in_channels", wanted)
     given = whole("transformer", config, "out_channels", taken)
-    if (taken, given) != (channels, channels):
+    if (taken, given) != (wanted, wanted):
         raise DexportError(
             f"transformer/config.json: {taken} channels in and {given} out where the autoencoder's latents have "
-            f"{channels}; models that are shown a picture (inpainting, editing) are not supported"
+            f"{wanted}; models that are shown a picture (inpainting, editing) are not supported"
         )
+
+
+def check_width(checkpoint: Checkpoint, name: str, default: int, given: int) -> None:
+    """Raise DexportError for a transformer that takes text of another width than the encoders give."""
+    width = whole("transformer", checkpoint.components["transformer"].config, name, default)
+    if width != given:
+        raise DexportError(f"transformer/config.json: {name}={width} where the text encoders give {given}")
 
 
 def check_patches(shape: Shape, multiple: int, most: int) -> None:

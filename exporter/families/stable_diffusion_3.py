@@ -135,8 +135,7 @@ def _check(checkpoint: Checkpoint, drawn: parts.Canvas, shape: Shape) -> tuple[i
     width, pooled = _whole(checkpoint, "joint_attention_dim", 4096), _whole(checkpoint, "pooled_projection_dim", 2048)
     clips = {name: checkpoint.components[name].config for name in CLIPS}
     given = sum(parts.whole(name, own, "projection_dim", 512) for name, own in clips.items())
-    if given != pooled:
-        raise DexportError(f"transformer/config.json: pooled_projection_dim={pooled}; the text encoders give {given}")
+    parts.check_width(checkpoint, "pooled_projection_dim", 2048, given)
     own = sum(parts.whole(name, own, "hidden_size", 512) for name, own in clips.items())
     if own > width:
         raise DexportError(f"transformer/config.json: joint_attention_dim={width}; the text encoders give {own}")
@@ -144,8 +143,9 @@ def _check(checkpoint: Checkpoint, drawn: parts.Canvas, shape: Shape) -> tuple[i
         return width, pooled
     if "tokenizer_3" not in checkpoint.tokenizers:
         raise DexportError(f"{checkpoint.path}: there is a text_encoder_3 and no tokenizer_3; copy or download it")
-    if (own := text_encoders.width(T5, checkpoint.components[T5].config)) != width:
-        raise DexportError(f"transformer/config.json: joint_attention_dim={width}; text_encoder_3 gives {own}")
+    parts.check_width(
+        checkpoint, "joint_attention_dim", 4096, text_encoders.width(T5, checkpoint.components[T5].config)
+    )
     return width, pooled
 
 

@@ -16,7 +16,7 @@ from tests.words import write_t5
 PIXELS = 32  # a side of what they draw
 
 
-def noisy(model: Any, scale: float = 0.2) -> Any:
+def noisy(model: Any, scale: float = 0.1) -> Any:
     """The model with noise on its weights: fresh ones leave the gates of blocks next to zero."""
     for weight in model.parameters():
         weight.data.add_(scale * torch.randn_like(weight))
@@ -60,3 +60,25 @@ def sd_3_without_t5(folder: Path) -> None:
 
 def sd_3_of_pictures(folder: Path) -> None:
     sd_3(folder, kind=diffusers.StableDiffusion3Img2ImgPipeline)
+
+
+def flux(folder: Path, *, dev: bool = True) -> None:
+    """As dev: told the scale of guidance, noise shifted by the resolution."""
+    torch.manual_seed(4)
+    words = tokenizer(folder, "words")
+    encoder, words_2 = t5(folder, 24)
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=24, pooled_projection_dim=32, guidance_embeds=dev, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    save(
+        folder, diffusers.FluxPipeline, transformer=noisy(transformer), text_encoder=clip(len(words)),
+        text_encoder_2=encoder, tokenizer=words, tokenizer_2=words_2,
+        vae=kl_autoencoder(2, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False,
+                           use_post_quant_conv=False, sample_size=PIXELS),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0 if dev else 1.0, use_dynamic_shifting=dev),
+    )  # fmt: skip
+
+
+def flux_schnell(folder: Path) -> None:
+    flux(folder, dev=False)
