@@ -28,11 +28,13 @@ PIPELINES = {
     "LDMSuperResolutionPipeline": "latent_diffusion",
     "LatentConsistencyModelPipeline": "stable_diffusion",
     "PNDMPipeline": "pixel",
+    "QwenImagePipeline": "qwen_image",
     "StableDiffusion3Img2ImgPipeline": "stable_diffusion_3",
     "StableDiffusion3Pipeline": "stable_diffusion_3",
     "StableDiffusionPipeline": "stable_diffusion",
     "StableDiffusionXLImg2ImgPipeline": "stable_diffusion_xl",
     "StableDiffusionXLPipeline": "stable_diffusion_xl",
+    "ZImagePipeline": "z_image",
 }
 """The allow-list: diffusers' pipeline class to the family's file."""
 

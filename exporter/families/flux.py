@@ -54,7 +54,9 @@ def denoiser(
     import torch
 
     height, width = sample.shape[2] // PATCH, sample.shape[3] // PATCH
-    places = torch.nn.functional.pad(patches.grid(height, width), (1, 0))  # the first axis is not used
+    places = torch.nn.functional.pad(
+        patches.grid(torch.arange(height), torch.arange(width)), (1, 0)
+    )  # the first axis is not used
     tokens = modules.transformer(
         hidden_states=patches.pack(sample, PATCH), timestep=timestep / 1000, guidance=guidance,
         encoder_hidden_states=encoder_hidden_states, pooled_projections=pooled, img_ids=places,
@@ -138,5 +140,7 @@ def build_transformer(config: Mapping[str, Any], sides: tuple[int, ...]) -> Any:
     from diffusers import FluxTransformer2DModel
 
     transformer = FluxTransformer2DModel.from_config(dict(config))
-    transformer.pos_embed = patches.rotations(config.get("axes_dims_rope") or AXES, (1, *sides))
+    transformer.pos_embed = patches.rotations(
+        config.get("axes_dims_rope") or AXES, [range(side) for side in (1, *sides)]
+    )
     return transformer

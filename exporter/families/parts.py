@@ -110,14 +110,18 @@ def latent_scale(component: str, config: Config) -> tuple[Any, Any]:
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is None or std is None:
         return scale, shift
-    channels = whole(component, config, "latent_channels", 4)
+    check_normal(component, mean, std, whole(component, config, "latent_channels", 4))
+    return [scale / deviation for deviation in std], [float(value) for value in mean]
+
+
+def check_normal(component: str, mean: Any, std: Any, channels: int) -> None:
+    """Raise DexportError unless ``mean`` and ``std`` of a config are usable numbers, one for each channel."""
     for name, values in (("latents_mean", mean), ("latents_std", std)):
         fits = isinstance(values, list | tuple) and len(values) == channels
         if not fits or not all(type(v) in (int, float) and abs(v) <= LARGEST for v in values):
             raise DexportError(f"{component}/config.json: {name}={values!r:.60} must be {channels} usable numbers")
     if min(std) <= 0:
         raise DexportError(f"{component}/config.json: latents_std={std!r:.60} must be above 0")
-    return [scale / deviation for deviation in std], [float(value) for value in mean]
 
 
 def number(component: str, config: Config, name: str, default: float) -> float:

@@ -5,6 +5,8 @@ A family is a row of ``tests/families/test_families.py``: how to make a small ch
 
 from __future__ import annotations
 
+import inspect
+import json
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
@@ -133,7 +136,11 @@ def draw_theirs(family: Family, folder: Path, refiner: Path | None = None) -> tu
 
 
 def _open(folder: Path) -> Any:
-    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    index = json.loads((folder / "model_index.json").read_text())
+    needed = inspect.signature(getattr(diffusers, index["_class_name"]).__init__).parameters.values()
+    # Parts that a checkpoint leaves out diffusers must be told of.
+    absent = {p.name: None for p in needed if p.name != "self" and index.get(p.name, [None]) in ([None], [None, None])}
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **absent)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
