@@ -132,7 +132,9 @@ def draw_theirs(family: Family, folder: Path, refiner: Path | None = None) -> tu
     latents = kept[-1]
     if latents.ndim == 3:  # tokens of packed latents
         latents = pipe._unpack_latents(latents, *pictures.shape[1:3], pipe.vae_scale_factor)
-    return latents.numpy().reshape(-1, *latents.shape[-3:]), pictures.transpose(0, 3, 1, 2)
+    if latents.ndim == 5:  # a video of one frame
+        latents = latents[:, :, 0]
+    return latents.numpy(), pictures.transpose(0, 3, 1, 2)
 
 
 def _open(folder: Path) -> Any:

@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from exporter import checkpoint, hub, reference
+from exporter import checkpoint, hub, reference, trace
 from exporter.families import Shape
+from exporter.families.text_encoders import rename_language
+from exporter.weights import bind, parameter_shapes, tied, widen
 from runtimes.errors import DexportError
 from runtimes.session import require
 from tests.families import small_flow
@@ -110,6 +113,34 @@ def test_defaults_are_the_pipelines(saved: Callable[[str], Path]) -> None:
         "qwen_image": ((512, 512), 50, "cfg", 4.0, True, "even", [34 + 512]),
         "z_image": ((128, 128), 50, "cfg", 6.0, False, "even", [512]),
     }
+
+
+@pytest.mark.parametrize("names", [("shared",), ("encoder.embed_tokens",), ("shared", "encoder.embed_tokens")])
+def test_a_shared_weight_lies_under_one_of_its_names_or_each(
+    changed: Callable[..., Path], names: tuple[str, ...]
+) -> None:
+    folder = changed("sd_3", "text_encoder_3/config.json")
+    file = folder / "text_encoder_3" / "model.safetensors"
+    weights = load_file(file)
+    table = weights.pop("shared.weight")
+    save_file(weights | {f"{name}.weight": table.clone() for name in names}, file)
+    read = checkpoint.read(folder)
+    modules = trace.build(read.family.specs(read, SHAPE)["text"])
+    found = bind(read, parameter_shapes(modules), tied(modules))
+    for name in ("shared", "encoder.embed_tokens"):
+        np.testing.assert_array_equal(widen(found[f"text_encoder_3.{name}.weight"]), table.numpy())
+    if len(names) == 1:
+        with pytest.raises(DexportError, match="missing"):
+            bind(read, parameter_shapes(modules))
+
+
+def test_language_models_have_one_name_for_each_weight() -> None:
+    """Of Qwen2.5-VL as transformers 4 and 5 save it, and of a language model alone."""
+    layer = "layers.0.mlp.up_proj.weight"
+    for name in (layer, f"model.{layer}", f"model.language_model.{layer}", f"language_model.model.{layer}"):
+        assert rename_language(name) == layer
+    for name in ("visual.merger.mlp.0.bias", "model.visual.merger.mlp.0.bias", "lm_head.weight"):
+        assert rename_language(name) is None
 
 
 @pytest.mark.parametrize("name", ["sd_3", "flux", "qwen_image", "z_image"])
