@@ -41,10 +41,6 @@ FAMILIES = [
     ),
     Family("flux-dev", small_flow.flux, {"prompts": PROMPTS, "steps": 4, "guidance": 3.0}, shape=(32, 48)),
     Family(
-        "flux-schnell", small_flow.flux_schnell, {"prompts": PROMPTS, "steps": 3}, shape=(32, 32),
-        told={"max_sequence_length": 256},
-    ),
-    Family(
         "qwen-image", small_flow.qwen_image, {"prompts": PROMPTS, "steps": 4, "guidance": 3.0}, shape=(32, 48),
         told={"true_cfg_scale": 3.0, "guidance_scale": None, "negative_prompt": ["", ""]},
     ),

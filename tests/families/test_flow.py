@@ -143,7 +143,7 @@ def test_language_models_have_one_name_for_each_weight() -> None:
         assert rename_language(name) is None
 
 
-@pytest.mark.parametrize("name", ["sd_3", "flux", "qwen_image", "z_image"])
+@pytest.mark.parametrize("name", ["sd_3", "flux_schnell", "qwen_image", "z_image"])
 def test_a_denoiser_of_every_size(saved: Callable[[str], Path], tmp_path: Path, name: str) -> None:
     folder = saved(name)
     model = hub.export(folder, tmp_path / "hub", shape=(32, 32), dynamic_shape=True, graphs=["denoiser"])
