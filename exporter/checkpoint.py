@@ -70,6 +70,11 @@ class Checkpoint:
         """The family that the pipeline's class belongs to."""
         return families.find(self.pipeline)
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether the weights lie in no file."""
+        return False
+
     def source(self) -> tuple[File, ...]:
         """Size and sha256 of every file that an export depends on; reads them all."""
         return tuple(File(path, file.stat().st_size, hash_file(file)) for path, file in sorted(self.files.items()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from exporter import ensemble
 from exporter import tokenizer as tokenizers
@@ -17,11 +18,14 @@ from runtimes.errors import DexportError, Progress, silent
 from runtimes.manifest import Graph, Model, Stage, Tokenizer, from_json, to_json
 from runtimes.samplers import compile_table
 
+if TYPE_CHECKING:
+    from exporter.own import OwnModel
+
 INLINE = 1024  # bytes: a tensor up to this size stays in model.onnx, where shape inference sees it
 
 
 def export(
-    checkpoint: Origin | Checkpoint | Path | str,
+    checkpoint: Origin | OwnModel | Checkpoint | Path | str,
     output: Path | str,
     *,
     shape: tuple[int, int] | None = None,
@@ -114,7 +118,16 @@ def _export_graph(source: Checkpoint, name: str, spec: Spec, folder: Path, progr
 
     progress(f"{name}: tracing", 0.0)
     modules = trace.build(spec)
-    model = trace.trace(spec, modules, bind(ensemble.owner(source, name), parameter_shapes(modules)))
+    weights = bind(ensemble.owner(source, name), parameter_shapes(modules))
+    try:
+        model = trace.trace(spec, modules, weights)
+    except Exception as error:  # whatever torch raises for code that has no graph
+        if not source.in_memory:
+            raise  # a graph of ours must have one
+        line = next(iter(str(error).strip().splitlines()), "")
+        raise DexportError(
+            f"your {name} cannot be traced by torch.export: {type(error).__name__}: {line:.300}; see docs/own-model.md"
+        ) from error
     progress(f"{name}: optimizing", 0.5)
     model = passes.run(model, passes.HUB)
     progress(f"{name}: writing", 0.7)

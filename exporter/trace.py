@@ -124,6 +124,14 @@ def trace(spec: Spec, modules: Modules, weights: Mapping[str, Stored]) -> ir.Mod
     return model
 
 
+def outline(spec: Spec) -> Any:
+    """Run a graph's function on tensors that have shapes and no values, for a batch of ``BATCH``: what it returns."""
+    modules = build(spec)
+    with quiet(), FakeTensorMode(allow_non_fake_inputs=True):
+        _fake_parameters(modules)
+        return modules(*(_example(tensor, {"batch": BATCH, **spec.example}) for tensor in spec.inputs))
+
+
 def _fake_parameters(modules: torch.nn.Module) -> None:
     """Replace each parameter by a fake one on the CPU; one that is shared stays shared."""
     fakes: dict[int, torch.nn.Parameter] = {}
