@@ -40,6 +40,11 @@ def progress(what, share):
 hub.export(Path(sys.argv[1]), Path(sys.argv[2]), progress=progress, **options)
 print(json.dumps(seconds))
 """
+NEEDS = """
+import json, sys
+from exporter.inspect import inspect
+print(json.dumps(inspect(sys.argv[1])["needs"]))
+"""
 BUILD = """
 import sys
 from pathlib import Path
@@ -100,6 +105,12 @@ def main() -> None:
         if phases := result["phases"]:
             shown = ", ".join(f"{name} {seconds:.1f}" for name, seconds in phases.items() if seconds >= 0.05)
             print(f"seconds by phase: {shown}; {result['rate']:.1f} for each GB of weights after tracing")
+        told = subprocess.run(
+            [sys.executable, "-c", NEEDS, str(options.checkpoint.resolve())], cwd=ROOT, check=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        needs = json.loads(told.stdout)["build" if options.build else "export"]
+        print(f"as inspect estimates it: {needs['time']} s, {needs['memory'] / 1e9:.2f} GB")
     slow = options.max_seconds is not None and result["seconds"] > options.max_seconds
     large = options.max_memory is not None and result["peak_memory"] > options.max_memory * 1e9
     slow |= options.max_rate is not None and result["rate"] > options.max_rate

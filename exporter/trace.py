@@ -17,6 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from exporter.families import Spec
 from exporter.weights import Weight
@@ -130,6 +131,13 @@ def outline(spec: Spec) -> Any:
     with quiet(), FakeTensorMode(allow_non_fake_inputs=True):
         _fake_parameters(modules)
         return modules(*(_example(tensor, {"batch": BATCH, **spec.example}) for tensor in spec.inputs))
+
+
+def flops(spec: Spec) -> int:
+    """The operations of a call with a batch of one: two for each product of matrices, convolutions and attention."""
+    with FlopCounterMode(display=False) as counter:
+        outline(spec)
+    return int(counter.get_total_flops()) // BATCH
 
 
 def _fake_parameters(modules: torch.nn.Module) -> None:
