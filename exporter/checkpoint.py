@@ -26,7 +26,10 @@ PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 STEMS = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' names of a weight file
 VARIANTS = ("fp32", "bf16", "fp16")  # where there is no plain file: the most exact one first
 LIBRARIES = ("diffusers", "transformers")  # a component of another library is code that comes with the checkpoint
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES = (
+    "tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model", "added_tokens.json",
+    "tokenizer_config.json", "special_tokens_map.json",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,18 @@ class Component:
 
 
 @dataclass(frozen=True)
+class TokenizerFiles:
+    """A tokenizer of a pipeline: its class, and the folder of its files."""
+
+    class_name: str
+    path: Path
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint that was read and checked.
 
-    ``path`` is the folder or file, for messages. ``tokenizers`` are folders by component; ``files`` those that an
+    ``path`` is the folder or file, for messages. ``tokenizers`` are by component; ``files`` those that an
     export depends on, by the path that a manifest gives them; ``adapters`` what is merged into the weights. ``index``:
     what model_index.json says, of which only what is not asked for here has further use. ``refiner``: what goes on with
     the pictures that this one draws; ``steps`` and ``guidance``: defaults in place of the family's (exporter.ensemble).
@@ -57,7 +68,7 @@ class Checkpoint:
     pipeline: str
     components: Mapping[str, Component]
     scheduler: Mapping[str, Any]
-    tokenizers: Mapping[str, Path]
+    tokenizers: Mapping[str, TokenizerFiles]
     files: Mapping[str, Path]
     adapters: tuple[Adapter, ...] = ()
     index: Mapping[str, Any] = field(default_factory=dict)
@@ -114,7 +125,7 @@ def read(
             known = " or ".join(filter(None, allowed))
             raise DexportError(f"{folder}: {name} is a {classes[name]}; a {pipeline} is exported with {known}")
         if classes[name] in families.TOKENIZERS:
-            tokenizers[name] = folder / name
+            tokenizers[name] = TokenizerFiles(classes[name], folder / name)
             used |= {f"{name}/{file}" for file in TOKENIZER_FILES if (folder / name / file).is_file()}
         else:
             configs[name] = _read_json(folder / name / "config.json")

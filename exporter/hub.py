@@ -12,11 +12,11 @@ from exporter import tokenizer as tokenizers
 from exporter.checkpoint import Checkpoint
 from exporter.ensemble import Origin
 from exporter.families import Shape, Spec
+from runtimes import timetable
 from runtimes.bundle import HUB, publish
 from runtimes.check import ELEMENTS, SIDE, check_model
 from runtimes.errors import DexportError, Progress, silent
 from runtimes.manifest import Graph, Model, Stage, Tokenizer, from_json, to_json
-from runtimes.samplers import compile_table
 
 if TYPE_CHECKING:
     from exporter.own import OwnModel
@@ -52,7 +52,7 @@ def export(
     specs = _choose(ensemble.specs(source, size), graphs)
     stages = tuple(_only(stage, specs) for stage in ensemble.stages(source, size) if stage.denoiser in specs)
     for stage in stages:  # now, not after an export that nothing could run
-        compile_table(stage.scheduler, stage.steps, start=stage.span[0], end=stage.span[1])
+        timetable.compile_stage(stage, stage.steps, stage.sample)
     with publish(output, overwrite) as folder:
         made = {}
         for index, (name, spec) in enumerate(specs.items()):
@@ -114,11 +114,11 @@ def _export_graph(source: Checkpoint, name: str, spec: Spec, folder: Path, progr
     import onnx_ir
 
     from exporter import passes, trace
-    from exporter.weights import bind, parameter_shapes
+    from exporter.weights import bind, parameter_shapes, tied
 
     progress(f"{name}: tracing", 0.0)
     modules = trace.build(spec)
-    weights = bind(ensemble.owner(source, name), parameter_shapes(modules))
+    weights = bind(ensemble.owner(source, name), parameter_shapes(modules), tied(modules))
     try:
         model = trace.trace(spec, modules, weights)
     except Exception as error:  # whatever torch raises for code that has no graph
@@ -139,9 +139,11 @@ def _export_graph(source: Checkpoint, name: str, spec: Spec, folder: Path, progr
 
 def _write_tokenizers(source: Checkpoint, folder: Path) -> tuple[Tokenizer, ...]:
     made = []
-    for name, (place, input_, length) in ensemble.token_inputs(source).items():
+    for name, (files, tokens) in ensemble.token_inputs(source).items():
         file = f"{name}/tokenizer.json"
-        made.append(Tokenizer(file, input_, length, tokenizers.write(place, folder / file)))
+        pad, side = tokenizers.write(files.path, files.class_name, folder / file)
+        said = (tokens.template, tokens.negative, tokens.lower, tokens.side or side)
+        made.append(Tokenizer(file, tokens.input, tokens.length, pad, *said))
     return tuple(made)
 
 

@@ -9,7 +9,7 @@ import torch
 from exporter import ensemble, trace
 from exporter.checkpoint import Checkpoint
 from exporter.families import Shape
-from exporter.weights import bind, parameter_shapes, widen
+from exporter.weights import bind, parameter_shapes, tied, widen
 from runtimes.errors import DexportError
 from runtimes.safetensors import Stored
 
@@ -25,7 +25,7 @@ def load(checkpoint: Checkpoint, graph: str) -> torch.nn.Module:
     if graph not in specs:
         raise DexportError(f"no graph {graph!r}; there are {', '.join(specs)}")
     modules = trace.build(specs[graph])
-    entries = bind(ensemble.owner(checkpoint, graph), parameter_shapes(modules))
+    entries = bind(ensemble.owner(checkpoint, graph), parameter_shapes(modules), tied(modules))
     for path, module in modules.named_modules():
         own = {name: entries[f"{path}.{name}"] for name, value in module._parameters.items() if value is not None}
         if checkpoint.in_memory:  # and a module of one's own may use the weights of a part that it does not call

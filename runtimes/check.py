@@ -12,11 +12,10 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import PurePosixPath
 
-from runtimes import conditioning, subject
+from runtimes import conditioning, subject, timetable
 from runtimes.accuracy import BANDS
 from runtimes.errors import DexportError, IntegrityError
-from runtimes.manifest import Graph, Kind, Manifest, Model, Stage, Tensor, Tokenizer
-from runtimes.samplers import compile_table
+from runtimes.manifest import PROMPT, Graph, Kind, Manifest, Model, Stage, Tensor, Tokenizer
 from runtimes.target import Target
 
 GRAPH_NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -134,6 +133,9 @@ def _check_tokenizers(model: Model, where: str) -> None:
             raise _wrong(where, "a tokenizer's length", tokenizer.length, f"1 to {SIDE}")
         if not 0 <= tokenizer.pad < 2**31:
             raise _wrong(where, "a tokenizer's pad", tokenizer.pad, "0 to 2147483647")
+        for template in (tokenizer.template, tokenizer.negative):
+            if template is not None and template.count(PROMPT) != 1:
+                raise _wrong(where, "a tokenizer's template", template, f"a text with one {PROMPT}")
     texts = [graph for graph in model.graphs.values() if graph.kind == "text"]
     for graph in texts:
         _check_text(graph, model.tokenizers, where)
@@ -175,10 +177,14 @@ def _check_stage(model: Model, stage: Stage, where: str) -> None:
         raise _wrong(where, "strength", stage.strength, "above 0 and at most 1")
     if not 1 <= stage.multiple <= SIDE or any(side % stage.multiple for side in stage.sample[1:]):
         raise _wrong(where, "multiple", stage.multiple, "a number from 1 that divides the sample's sides")
+    if stage.patch is not None and (stage.patch < 1 or stage.multiple % stage.patch):
+        raise _wrong(where, "patch", stage.patch, "null, or a number from 1 that divides multiple")
+    if stage.guidance.normalize and stage.patch is None:
+        raise DexportError(f"{where}: guidance: normalize needs patch, the size of a token")
     _check_inputs(model.graphs[stage.denoiser], stage, where)
     _check_labels(model.graphs[stage.denoiser], stage, where)
     try:
-        compile_table(stage.scheduler, stage.steps, start=stage.span[0], end=stage.span[1])
+        timetable.compile_stage(stage, stage.steps, stage.sample)
     except DexportError as error:
         raise DexportError(f"{where}: scheduler: {error}") from error
 

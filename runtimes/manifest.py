@@ -18,6 +18,7 @@ from runtimes.errors import DexportError
 
 Kind = Literal["text", "denoiser", "decoder", "encoder"]
 T = TypeVar("T")
+PROMPT = "{}"  # stands for the prompt in a template
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,20 @@ class Graph:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer file, the number of tokens that the text graph takes, and the id that fills the rest."""
+    """A tokenizer file, the number of tokens that the text graph takes, and the id that fills the rest.
+
+    A prompt is put where ``template`` holds PROMPT; a negative prompt likewise in ``negative``, None for the same one.
+    lower: before that, it is stripped and made lower case. side: where the ids that fill up stand.
+    """
 
     file: str
     input: str  # the text graph's input that these tokens go to
     length: int
     pad: int
+    template: str = PROMPT
+    negative: str | None = None
+    lower: bool = False
+    side: Literal["right", "left"] = "right"
 
 
 @dataclass(frozen=True)
@@ -55,12 +64,14 @@ class Guidance:
     """How a prompt or a class steers: "cfg" runs the denoiser with and without it, "none" only with it.
 
     "embedded" runs it only with the prompt, and tells it the scale as its input ``guidance`` [batch].
-    empty: what stands for an empty negative prompt, the text graph's output for it or zeros.
+    empty: what stands for an empty negative prompt, the text graph's output for it or zeros. normalize: each token of
+    the guided output, ``Stage.patch`` elements a side, keeps the length that it has with the prompt.
     """
 
     kind: Literal["cfg", "none", "embedded"]
     scale: float
     empty: Literal["text", "zeros"] = "text"
+    normalize: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,6 +108,9 @@ class Stage:
     strength: float | None = None  # of a model that only reworks pictures: how much, if nothing is asked for
     labels: Labels | None = None  # of a denoiser with classes
     multiple: int = 1  # what height and width of a sample of another size must be multiples of
+    patch: int | None = None  # elements of the sample along each side of a token, of a model that counts in tokens
+    # "even": from 1 to 1 / steps, in place of the scheduler's own, where it takes sigmas
+    sigmas: Literal["scheduler", "even"] = "scheduler"
 
 
 @dataclass(frozen=True)

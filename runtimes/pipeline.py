@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from runtimes import bundle, conditioning, guidance, inpaint, loop, samplers, subject
+from runtimes import bundle, conditioning, guidance, inpaint, loop, samplers, subject, timetable
 from runtimes.errors import DexportError, Progress, silent
 from runtimes.image import to_array, to_images
 from runtimes.manifest import Manifest, Model, Stage
@@ -118,7 +118,7 @@ class Pipeline:
             warnings.append("this model takes no negative prompt: it was left out")
         if request.prompts:
             for name, prompts in (("prompt", request.prompts), ("negative prompt", [request.negative_prompt])):
-                _, cut = self.tokenize(prompts)
+                _, cut = self.tokenize(prompts, negative=name != "prompt")
                 warnings += [
                     f"the {name} is longer than the model's context: {_short(w)} was cut off" for w in cut if w
                 ]
@@ -166,14 +166,15 @@ class Pipeline:
         """
         stages: list[Stage] = []
         tables: list[samplers.Table] = []
+        shape = self.sample_shape(request)
         for stage in self.model.stages:
             steps = request.steps or stage.steps
             config = samplers.pick(stage.scheduler, request.sampler, image=self._begun(request) is not None)
-            begin, (start, end) = self._first_step(request, steps), stage.span
-            if begin >= end * steps:
+            begin = self._first_step(request, steps)
+            if begin >= stage.span[1] * steps:
                 continue
             stages.append(stage)
-            table = samplers.compile_table(config, steps, begin=begin, start=start, end=end)
+            table = timetable.compile_stage(stage, steps, shape, scheduler=config, begin=begin)
             tables.append(replace(table, init_scale=1.0) if tables else table)  # what follows takes a sample as it is
         rows = tuple(row for table in tables for row in table.rows)
         if request.mask is not None:
@@ -185,21 +186,23 @@ class Pipeline:
             for stage, table in zip(stages, tables, strict=True)
         ]
 
-    def tokenize(self, prompts: Sequence[str]) -> tuple[dict[str, Array], list[str]]:
-        """Return the text graph's inputs, and for each prompt the words that did not fit."""
+    def tokenize(self, prompts: Sequence[str], *, negative: bool = False) -> tuple[dict[str, Array], list[str]]:
+        """Return the text graph's inputs, and for each prompt (or negative prompt) the words that fitted into none."""
         tokens: dict[str, Array] = {}
-        cut = [""] * len(prompts)
+        cuts = []
         for index, spec in enumerate(self.model.tokenizers):
-            tokens[spec.input], rest = self._tokenizers(index)(prompts)
-            cut = [old or new for old, new in zip(cut, rest, strict=True)]
-        return tokens, cut
+            tokens[spec.input], cut = self._tokenizers(index)(prompts, negative=negative)
+            cuts.append(cut)
+        return tokens, [min(rests, key=len) for rests in zip(*cuts, strict=True)]
 
-    def encode_text(self, prompts: Sequence[str], stage: Stage | None = None) -> dict[str, Array]:
+    def encode_text(
+        self, prompts: Sequence[str], stage: Stage | None = None, *, negative: bool = False
+    ) -> dict[str, Array]:
         """Return a stage's (by default the first one's) conditioning tensors of the prompts, with one row a prompt."""
         name = (stage or self.model.stages[0]).text
         if name is None:
             return {}
-        tokens, _ = self.tokenize(prompts)
+        tokens, _ = self.tokenize(prompts, negative=negative)
         return run_batched(self._open(name), {t.name: tokens[t.name] for t in self.model.graphs[name].inputs})
 
     def decode(self, sample: Array, request: Request | None = None) -> Array:
@@ -331,8 +334,9 @@ class Pipeline:
                 without_out, with_out = call(sample, t, without), call(sample, t, with_prompt)
             channels = sample.shape[1]  # what follows them is a learned variance, which is the prompt's own
             guided = guidance.guide(
-                without_out[:, :channels], with_out[:, :channels], row.guidance, request.guidance_rescale
-            )
+                without_out[:, :channels], with_out[:, :channels], row.guidance, request.guidance_rescale,
+                patch=stage.patch if stage.guidance.normalize else None,
+            )  # fmt: skip
             return np.concatenate([guided, with_out[:, channels:]], axis=1)
 
         return model
@@ -356,7 +360,7 @@ class Pipeline:
             outputs = self.model.graphs[stage.text].outputs
             return {t.name: np.zeros((count, *map(int, t.shape[1:])), t.dtype) for t in outputs}
         prompts = [request.negative_prompt] if without else request.prompts
-        rows = self.encode_text(prompts, stage)
+        rows = self.encode_text(prompts, stage, negative=without)
         return {name: np.repeat(value, count // len(prompts), axis=0) for name, value in rows.items()}
 
     def _settings(self, request: Request, index: int) -> dict[str, Any]:
