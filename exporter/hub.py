@@ -124,10 +124,7 @@ def _export_graph(source: Checkpoint, name: str, spec: Spec, folder: Path, progr
     except Exception as error:  # whatever torch raises for code that has no graph
         if not source.in_memory:
             raise  # a graph of ours must have one
-        line = next(iter(str(error).strip().splitlines()), "")
-        raise DexportError(
-            f"your {name} cannot be traced by torch.export: {type(error).__name__}: {line:.300}; see docs/own-model.md"
-        ) from error
+        raise DexportError(f"your {name} has no graph: torch says {_cause(error)}; see docs/own-model.md") from error
     progress(f"{name}: optimizing", 0.5)
     model = passes.run(model, passes.HUB)
     progress(f"{name}: writing", 0.7)
@@ -135,6 +132,13 @@ def _export_graph(source: Checkpoint, name: str, spec: Spec, folder: Path, progr
     file.parent.mkdir()
     onnx_ir.save(model, file, external_data=f"{file.name}.data", size_threshold_bytes=INLINE)
     return Graph(spec.kind, f"{name}/{file.name}", spec.inputs, spec.outputs)
+
+
+def _cause(error: BaseException) -> str:
+    """The kind and first line of what came first: torch wraps it in advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"[:300]
 
 
 def _write_tokenizers(source: Checkpoint, folder: Path) -> tuple[Tokenizer, ...]:

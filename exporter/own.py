@@ -11,14 +11,16 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from exporter import trace
-from exporter.checkpoint import Checkpoint, Component
-from exporter.families import Shape, Spec, pixel
+from exporter.checkpoint import Checkpoint, Component, TokenizerFiles
+from exporter.families import Shape, Spec, Tokens, pixel
 from exporter.stored import MEMORY, Held
 from exporter.trace import BATCH
 from runtimes import samplers
@@ -27,6 +29,7 @@ from runtimes.manifest import File, Guidance, Kind, Labels, Stage, Tensor
 
 PIPELINE = "OwnModel"
 SAMPLER = "dpmpp_2m"  # for a schedule of betas, which names none
+TOKENIZER = "PreTrainedTokenizerFast"  # transformers' class for any tokenizer.json
 TIMESTEP = Tensor("timestep", "float32", ("batch",))
 LABELS = Tensor("labels", "int64", ("batch",))
 GUIDANCE = Tensor("guidance", "float32", ("batch",))
@@ -47,6 +50,9 @@ class OwnModel:
     labels: how many classes there are, or their names; the denoiser then takes ``labels`` [B] int64. null_label: the
     number that stands for no class, which guidance steers away from. inputs: further inputs of the denoiser with the
     values that they always have, numbers or lists of them, without batch.
+    text: called with ``tokens`` [B, length] int64; gives the tensors that the denoiser takes by the names in
+    ``conditioning``, one or a tuple of them. tokenizer: a folder with a tokenizer.json that transformers saved;
+    length: how many tokens the text module takes.
     decoder: a sample to a picture [B, 3, H, W] in [0, 1]; without one the sample is the picture, in [-1, 1]. encoder:
     the way back, for image to image. multiple: of what height and width of other samples must be multiples.
     """
@@ -63,6 +69,10 @@ class OwnModel:
     labels: int | Sequence[str] = 0
     null_label: int | None = None
     inputs: Mapping[str, Any] = field(default_factory=dict)
+    text: torch.nn.Module | None = None
+    conditioning: Sequence[str] = ("encoder_hidden_states",)
+    tokenizer: Path | str | None = None
+    length: int = 77
     decoder: torch.nn.Module | None = None
     encoder: torch.nn.Module | None = None
     multiple: int = 1
@@ -100,7 +110,8 @@ def read(model: OwnModel) -> OwnCheckpoint:
         for entry in component.entries.values():
             if not entry.finite():
                 raise DexportError(f"{MEMORY}: {component.name}: {entry.name!r} holds NaN or infinity")
-    return OwnCheckpoint(MEMORY, PIPELINE, components, _scheduler(model), {}, {}, own=own)
+    words = {} if model.tokenizer is None else {"tokenizer": TokenizerFiles(TOKENIZER, Path(model.tokenizer))}
+    return OwnCheckpoint(MEMORY, PIPELINE, components, _scheduler(model), words, {}, own=own)
 
 
 class Own:
@@ -129,7 +140,7 @@ class Own:
             if channels not in (1, 3):
                 raise DexportError(f"a picture has 3 channels, or 1 where it is grey; give a decoder for {channels}")
             return 1
-        image = _shape_of("decoder", self._spec("decoder", sides, sides))
+        (image,) = _shapes_of("decoder", self._spec("decoder", sides, sides))
         factor = image[2] // sides[0] if len(image) == 4 else 0
         if not factor or image != [BATCH, 3, sides[0] * factor, sides[1] * factor]:
             raise DexportError(
@@ -137,6 +148,19 @@ class Own:
                 f"[{BATCH}, 3, H, W], with H and W the same whole multiple of {sides[0]} and {sides[1]}"
             )
         return factor
+
+    @cached_property
+    def states(self) -> tuple[Tensor, ...]:
+        """What the text module gives, none where there is none."""
+        if "text" not in self.modules:
+            return ()
+        names, tokens = list(self.model.conditioning), Tensor("tokens", "int64", ("batch", self.model.length))
+        if isinstance(self.model.conditioning, str) or not names:
+            raise DexportError(f"conditioning must list the names of what text gives, not {self.model.conditioning!r}")
+        shapes = _shapes_of("text", Spec("text", self._builder("text"), _encode, (tokens,), (), {}))
+        if len(shapes) != len(names) or any(shape[:1] != [BATCH] for shape in shapes):
+            raise DexportError(f"text: it gave {shapes} for a batch of {BATCH}; conditioning names {', '.join(names)}")
+        return tuple(Tensor(name, "float32", ("batch", *shape[1:])) for name, shape in zip(names, shapes, strict=True))
 
     def default_shape(self, checkpoint: Checkpoint) -> tuple[int, int]:
         """Height and width of the picture in pixels."""
@@ -152,7 +176,10 @@ class Own:
         specs: dict[str, Spec] = {}
         for name in self._graphs():
             spec = self._spec(name, sides, image)
-            found = _shape_of(name, spec)
+            if name == "text":
+                specs[name] = spec
+                continue
+            (found,) = _shapes_of(name, spec)
             wanted: list[Any] = [BATCH, *spec.outputs[0].shape[1:]]
             if name == "denoiser" and found == [BATCH, 2 * self.sample[0], *sides]:  # with a learned variance
                 wanted = found
@@ -168,27 +195,31 @@ class Own:
         inputs = {name: value.tolist() for name, value in self.further.items()}
         return (
             Stage(
-                "base", "denoiser", None, "decoder", "encoder" if "encoder" in self._graphs() else None, sample,
-                self.factor, checkpoint.scheduler, self.guidance, self.model.steps, inputs, labels=self.labels,
-                multiple=self.model.multiple,
+                "base", "denoiser", "text" if self.states else None, "decoder",
+                "encoder" if "encoder" in self._graphs() else None, sample, self.factor, checkpoint.scheduler,
+                self.guidance, self.model.steps, inputs, labels=self.labels, multiple=self.model.multiple,
             ),
         )  # fmt: skip
 
-    def token_inputs(self, checkpoint: Checkpoint) -> Mapping[str, Any]:
-        """There is no text."""
-        return {}
+    def token_inputs(self, checkpoint: Checkpoint) -> Mapping[str, Tokens]:
+        """The ids of the one tokenizer."""
+        return {"tokenizer": Tokens("tokens", self.model.length)} if self.states else {}
 
     def rename(self, component: str, name: str) -> str | None:
         """Weights come by their modules' own names."""
         return name
 
     def _graphs(self) -> tuple[Kind, ...]:
-        """Denoiser and decoder, and an encoder unless only a decoder was given."""
+        """All but an encoder where only a decoder was given, and but text where there is none."""
+        text: tuple[Kind, ...] = ("text",) if self.states else ()
         both = "encoder" in self.modules or "decoder" not in self.modules
-        return ("denoiser", "decoder", "encoder") if both else ("denoiser", "decoder")
+        return (*text, "denoiser", "decoder", "encoder") if both else (*text, "denoiser", "decoder")
 
     def _spec(self, name: Kind, sides: Sequence[int | str], image: Sequence[int | str]) -> Spec:
         """A graph for samples of these ``sides`` and pictures of the size ``image``."""
+        if name == "text":
+            tokens = Tensor("tokens", "int64", ("batch", self.model.length))
+            return Spec(name, self._builder(name), _encode, (tokens,), self.states, {})
         sample = Tensor("sample", "float32", ("batch", self.sample[0], *sides))
         picture = Tensor("image", "float32", ("batch", 3, *image))
         if name == "denoiser":
@@ -218,9 +249,9 @@ class Own:
             Tensor(name, "int64" if value.dtype.kind in "iu" else "float32", ("batch", *value.shape))
             for name, value in self.further.items()
         ]
-        return (
-            *((LABELS,) if self.labels else ()), *((GUIDANCE,) if self.guidance.kind == "embedded" else ()), *further
-        )  # fmt: skip
+        labels = (LABELS,) if self.labels else ()
+        guidance = (GUIDANCE,) if self.guidance.kind == "embedded" else ()
+        return (*self.states, *labels, *guidance, *further)
 
     def _denoise(self, modules: Any, sample: Any, timestep: Any, *asked: Any) -> Any:
         names = [tensor.name for tensor in self._asked()]
@@ -232,11 +263,17 @@ class Own:
 
 def _modules(model: OwnModel) -> dict[str, torch.nn.Module]:
     """The modules that there are, by the graph that each becomes."""
-    found = {name: getattr(model, name) for name in ("denoiser", "decoder", "encoder")}
+    found = {name: getattr(model, name) for name in ("text", "denoiser", "decoder", "encoder")}
     for name, module in found.items():
         if not isinstance(module, torch.nn.Module) and not (module is None and name != "denoiser"):
             raise DexportError(f"{name} must be a torch.nn.Module, not {module!r:.60}")
+    if (model.text is None) != (model.tokenizer is None):
+        raise DexportError("text and tokenizer go together: give both, or neither")
     return {name: module for name, module in found.items() if module is not None}
+
+
+def _encode(modules: Any, tokens: Any) -> Any:
+    return modules.text(tokens)
 
 
 def _labels(model: OwnModel) -> Labels | None:
@@ -256,7 +293,7 @@ def _guidance(model: OwnModel, labels: Labels | None) -> Guidance:
         given = model.guidance
     else:
         given = Guidance("cfg" if model.guidance > 1 else "none", float(model.guidance))
-    if given.kind == "cfg" and (labels is None or labels.null is None):
+    if given.kind == "cfg" and model.text is None and (labels is None or labels.null is None):
         raise DexportError("guidance needs something to steer away from: give null_label, or leave guidance out")
     return given
 
@@ -298,20 +335,25 @@ def _without_weights(module: torch.nn.Module) -> torch.nn.Module:
     return bare
 
 
-def _shape_of(name: str, spec: Spec) -> list[int]:
-    """The shape of a graph's one output for a batch of two; DexportError where its module does not run."""
+def _shapes_of(name: str, spec: Spec) -> list[list[int]]:
+    """The shapes of a graph's outputs for a batch of ``BATCH``; DexportError where its module does not run."""
     try:
         output = trace.outline(spec)
     except DexportError:
         raise
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise DexportError(
+            f"{name}: it goes by the value of a tensor ({_first_line(error)}), and no graph can"
+        ) from error
     except Exception as error:  # whatever the module raises
         shapes = ", ".join(f"{tensor.name} {[BATCH, *tensor.shape[1:]]}" for tensor in spec.inputs)
         raise DexportError(
             f"{name}: it does not run on {shapes}: {type(error).__name__}: {_first_line(error)}"
         ) from error
-    if not hasattr(output, "shape"):
+    outputs = output if isinstance(output, tuple) and name == "text" else (output,)
+    if not all(isinstance(one, torch.Tensor) for one in outputs):
         raise DexportError(f"{name}: it gave a {type(output).__name__}; it must give one tensor")
-    return [int(side) for side in output.shape]
+    return [[int(side) for side in one.shape] for one in outputs]
 
 
 def _component(name: str, module: torch.nn.Module) -> Component:

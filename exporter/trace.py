@@ -59,6 +59,21 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class _OneHead(TorchFunctionMode):
+    """Gives attention without an axis of heads one of length 1: torch.onnx translates no other."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is not torch.nn.functional.scaled_dot_product_attention or args[0].dim() != 3:
+            return func(*args, **kwargs)
+        mask = args[3] if len(args) > 3 else kwargs.pop("attn_mask", None)
+        if mask is not None and mask.dim() == 3:
+            mask = mask.unsqueeze(1)
+        return func(*(value.unsqueeze(1) for value in args[:3]), mask, *args[4:], **kwargs).squeeze(1)
+
+
 def build(spec: Spec) -> Modules:
     """Build a graph's modules: parameters on the meta device, without values; buffers real; fp32, for inference.
 
@@ -104,7 +119,8 @@ def trace(spec: Spec, modules: Modules, weights: Mapping[str, Stored]) -> ir.Mod
     with quiet(), mode:
         _fake_parameters(modules)
         inputs = tuple(_example(tensor, sizes) for tensor in spec.inputs)
-        program = torch.export.export(modules, inputs, dynamic_shapes=(free,), strict=False)
+        with _OneHead():
+            program = torch.export.export(modules, inputs, dynamic_shapes=(free,), strict=False)
         onnx = torch.onnx.export(
             program,
             opset_version=OPSET,

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 import dexport
 from examples.own_model import CLASSES, NONE, SIDE, UNet, signal
@@ -53,6 +55,48 @@ class Decoder(nn.Module):
     def forward(self, sample: Any) -> Any:
         """[B, 4, h, w] to [B, 3, 2 h, 2 w] in [0, 1]."""
         return self.out(sample).sigmoid()
+
+
+class Text(nn.Module):
+    """Token ids to states and their mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(16, 6)
+
+    def forward(self, tokens: Any) -> Any:
+        """[B, 5] to [B, 5, 6] and [B, 6]."""
+        states = self.table(tokens)
+        return states, states.mean(1)
+
+
+class Prompted(nn.Module):
+    """A denoiser of grey pictures that attends to words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.out = nn.Linear(1, 6), nn.Linear(6, 1)
+
+    def forward(self, sample: Any, timestep: Any, words: Any, pooled: Any) -> Any:
+        """Noise, [B, 1, h, w]."""
+        pixels = self.query(sample.flatten(2).transpose(1, 2))
+        seen = nn.functional.scaled_dot_product_attention(pixels, words, words) * pooled[:, None]
+        return self.out(seen).transpose(1, 2).unflatten(2, sample.shape[2:]) + 0.1 * sample
+
+
+def prompted(folder: Path, **changes: Any) -> OwnModel:
+    """A model of text with a tokenizer of five words."""
+    words = {word: index for index, word in enumerate(["<pad>", "<end>", "red", "green", "apple", "pear"])}
+    made = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 1)])
+    PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>").save_pretrained(folder)
+    torch.manual_seed(5)
+    model = OwnModel(
+        Prompted(), (1, 8, 8), betas=np.linspace(1e-3, 0.05, 100).tolist(), text=Text(), tokenizer=folder, length=5,
+        conditioning=("words", "pooled"), guidance=3.0, steps=4, sampler="ddim",
+    )  # fmt: skip
+    return replace(model, **changes)
 
 
 def classes(**changes: Any) -> OwnModel:
@@ -144,6 +188,27 @@ def test_latents_with_embedded_guidance_and_a_decoder(tmp_path: Path) -> None:
     assert picture.shape == (1, 3, 16, 16)
 
 
+def test_prompts_reach_the_denoiser(tmp_path: Path) -> None:
+    model = prompted(tmp_path / "words")
+    (made,) = dexport.build(model, tmp_path / "bundle", targets="onnxruntime")
+    latents, _ = draw(Pipeline.load(made.folder), Request(["red apple", "pear"], steps=4, guidance=3.0))
+    assert model.text is not None
+    with torch.no_grad():
+        tokens = torch.tensor([[2, 4, 1, 0, 0], [5, 1, 0, 0, 0], [1, 0, 0, 0, 0]])
+        words, pooled = model.text(tokens)
+        x, bars = torch.from_numpy(draws((2, 1, 8, 8))()), torch.from_numpy(np.cumprod(1 - np.array(model.betas)))
+        for t in (75, 50, 25, 0):
+            told = torch.full((2,), float(t))
+            asked = model.denoiser(x.float(), told, words[:2], pooled[:2]).double()
+            empty = model.denoiser(x.float(), told, words[[2, 2]], pooled[[2, 2]]).double()
+            epsilon = empty + 3.0 * (asked - empty)
+            clean = (x - (1 - bars[t]).sqrt() * epsilon) / bars[t].sqrt()
+            kept = bars[t - 25] if t else torch.tensor(1.0)
+            x = kept.sqrt() * clean + (1 - kept).sqrt() * epsilon
+    assert np.abs(latents - x.numpy()).max() <= 1e-3
+    assert np.abs(latents[0] - latents[1]).max() > 0.01
+
+
 def test_the_reference_is_the_module_itself() -> None:
     model = classes()
     read = own.read(model)
@@ -188,7 +253,9 @@ def broken(module: nn.Module) -> nn.Module:
         (lambda: classes(denoiser=broken(UNet(8))), "holds NaN or infinity"),
         (lambda: latent(decoder=nn.Conv2d(4, 4, 1)), "decoder: a sample of .* gave a picture of"),
         (lambda: latent(inputs={"tone": [0.5, 1, 2]}), "denoiser: it does not run on .*tone"),
-        (lambda: latent(denoiser=Looks()), "cannot be traced|does not run"),
+        (lambda: latent(denoiser=Looks()), "denoiser: it goes by the value of a tensor"),
+        (lambda: classes(tokenizer="words"), "text and tokenizer go together"),
+        (lambda: latent(text=Text(), tokenizer="nowhere", length=5), "text: it gave .* conditioning names"),
         (lambda: 3, "a checkpoint is a path, or a dexport.OwnModel, not 3"),
     ],
 )
