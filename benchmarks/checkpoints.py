@@ -83,7 +83,7 @@ def write(output: Path, like: str, layers: float, seed: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if name.startswith("tokenizer"):
             (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-            tokenizer.write(CONFIGS / "stable-diffusion-1" / "tokenizer", folder / "tokenizer.json")
+            tokenizer.write(CONFIGS / "stable-diffusion-1" / "tokenizer", "CLIPTokenizer", folder / "tokenizer.json")
         else:
             (folder / f"{kind}.json").write_text(json.dumps(config, indent=2) + "\n")
     if like == "flux":
@@ -151,6 +151,7 @@ def write_t5_tokenizer(folder: Path) -> None:
     made = Tokenizer(models.Unigram(pieces, unk_id=2))
     made.pre_tokenizer = pre_tokenizers.Metaspace()
     made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    folder.mkdir()
     made.save(str(folder / "tokenizer.json"))
     marks = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "model_max_length": 512}
     (folder / "tokenizer_config.json").write_text(

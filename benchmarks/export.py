@@ -60,8 +60,10 @@ def measure(child: str, checkpoint: Path, option: str, scratch: Path | None) -> 
         start = time.perf_counter()
         done = subprocess.run(
             [sys.executable, "-c", child, str(checkpoint.resolve()), str(output), option],
-            cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, stdout=subprocess.PIPE, text=True,
+            cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
+        if done.returncode:
+            sys.exit(f"{checkpoint}: the child failed; what it said is above")
         seconds = time.perf_counter() - start
         size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
         shutil.rmtree(output)

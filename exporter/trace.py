@@ -65,13 +65,18 @@ class _OneHead(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is not torch.nn.functional.scaled_dot_product_attention or args[0].dim() != 3:
-            return func(*args, **kwargs)
-        mask = args[3] if len(args) > 3 else kwargs.pop("attn_mask", None)
-        if mask is not None and mask.dim() == 3:
-            mask = mask.unsqueeze(1)
-        return func(*(value.unsqueeze(1) for value in args[:3]), mask, *args[4:], **kwargs).squeeze(1)
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return _attend(func, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _attend(func: Any, query: Any, key: Any, value: Any, attn_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+    if query.dim() != 3:
+        return func(query, key, value, attn_mask, *args, **kwargs)
+    if attn_mask is not None and attn_mask.dim() == 3:
+        attn_mask = attn_mask.unsqueeze(1)
+    one_head = (tensor.unsqueeze(1) for tensor in (query, key, value))
+    return func(*one_head, attn_mask, *args, **kwargs).squeeze(1)
 
 
 def build(spec: Spec) -> Modules:
