@@ -114,6 +114,7 @@ def read(
     folder = path if header is None else single_file.configuration(path, header, config)
     index = _read_index(folder)
     pipeline = str(index.get("_class_name"))
+    pipeline = families.SAME.get(pipeline, pipeline)
     family = families.find(pipeline)
     classes, configs, tokenizers = {}, {}, {}
     used = {"model_index.json", "scheduler/scheduler_config.json"}
