@@ -81,6 +81,11 @@ class Checkpoint:
         """The family that the pipeline's class belongs to."""
         return families.find(self.pipeline)
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether the weights lie in no file."""
+        return False
+
     def source(self) -> tuple[File, ...]:
         """Size and sha256 of every file that an export depends on; reads them all."""
         return tuple(File(path, file.stat().st_size, hash_file(file)) for path, file in sorted(self.files.items()))
@@ -109,6 +114,7 @@ def read(
     folder = path if header is None else single_file.configuration(path, header, config)
     index = _read_index(folder)
     pipeline = str(index.get("_class_name"))
+    pipeline = families.SAME.get(pipeline, pipeline)
     family = families.find(pipeline)
     classes, configs, tokenizers = {}, {}, {}
     used = {"model_index.json", "scheduler/scheduler_config.json"}

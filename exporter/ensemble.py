@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from exporter import checkpoint as checkpoints
 from exporter.checkpoint import Checkpoint, TokenizerFiles
@@ -18,6 +19,9 @@ from exporter.families import Shape, Spec, Tokens
 from runtimes import samplers, subject
 from runtimes.errors import DexportError, Progress, silent
 from runtimes.manifest import File, Stage
+
+if TYPE_CHECKING:
+    from exporter.own import OwnModel
 
 HANDOVER = 0.8  # of the way from noise to picture; diffusers' documentation of SDXL, where the refiner begins
 PREFIX = "refiner_"
@@ -29,13 +33,13 @@ LATENTS = ("latent_channels", "scaling_factor", "shift_factor", "latents_mean", 
 class Origin:
     """A checkpoint, and what is made of it on the way in.
 
-    path: a diffusers folder or one .safetensors file. refiner: a second checkpoint, which goes on with what the first
-    one draws. config, loras, clip_skip: of the first one, as in ``exporter.checkpoint.read``. sampler, steps, guidance:
-    the model's defaults, in place of its checkpoint's and family's; a model that was distilled to need no guidance says
-    so nowhere, and is one with ``guidance`` up to 1.
+    path: a diffusers folder, one .safetensors file, or a model of your own. refiner: a second checkpoint, which goes on
+    with what the first one draws. config, loras, clip_skip: of the first one, as in ``exporter.checkpoint.read``.
+    sampler, steps, guidance: the model's defaults, in place of its checkpoint's and family's; a model that was
+    distilled to need no guidance says so nowhere, and is one with ``guidance`` up to 1.
     """
 
-    path: Path | str
+    path: Path | str | OwnModel
     refiner: Path | str | None = None
     config: Path | str | None = None
     loras: Sequence[Path | str] = ()
@@ -45,22 +49,25 @@ class Origin:
     guidance: float | None = None
 
     @classmethod
-    def of(cls, checkpoint: Origin | Path | str) -> Origin:
-        """An origin as it is; of a path, the checkpoint there with nothing more."""
+    def of(cls, checkpoint: Origin | OwnModel | Path | str) -> Origin:
+        """An origin as it is; of a path or a model, that with nothing more."""
         return checkpoint if isinstance(checkpoint, Origin) else cls(checkpoint)
 
     @property
     def checkpoints(self) -> list[Path]:
         """The paths of the checkpoints, which nothing is written into."""
-        return [Path(path) for path in (self.path, self.refiner) if path is not None]
+        return [Path(path) for path in (self.path, self.refiner) if isinstance(path, Path | str)]
 
 
-def read(origin: Origin | Path | str, *, progress: Progress = silent) -> Checkpoint:
+def read(origin: Origin | OwnModel | Path | str, *, progress: Progress = silent) -> Checkpoint:
     """Read a checkpoint and the one that refines what it draws, if any; ``stages`` finds whether they fit."""
     origin = Origin.of(origin)
-    base = checkpoints.read(
-        Path(origin.path), config=origin.config, loras=origin.loras, clip_skip=origin.clip_skip, progress=progress
-    )
+    if isinstance(origin.path, Path | str):
+        base = checkpoints.read(
+            Path(origin.path), config=origin.config, loras=origin.loras, clip_skip=origin.clip_skip, progress=progress
+        )
+    else:
+        base = _own(origin.path, origin)
     second = checkpoints.read(Path(origin.refiner), progress=progress) if origin.refiner is not None else None
     base, *others = (
         replace(part, scheduler=samplers.choose(part.scheduler, origin.sampler))
@@ -68,6 +75,17 @@ def read(origin: Origin | Path | str, *, progress: Progress = silent) -> Checkpo
         if part is not None
     )
     return replace(base, refiner=next(iter(others), None), steps=origin.steps, guidance=origin.guidance)
+
+
+def _own(model: OwnModel, origin: Origin) -> Checkpoint:
+    """A model of one's own as a checkpoint; it takes nothing that is only said of files."""
+    from exporter import own  # with torch, which whoever has such a model has loaded
+
+    if not isinstance(model, own.OwnModel):
+        raise DexportError(f"a checkpoint is a path, or a dexport.OwnModel, not {model!r:.60}")
+    if origin != Origin(model, sampler=origin.sampler, steps=origin.steps, guidance=origin.guidance):
+        raise DexportError("a model of your own takes no refiner, configuration, LoRA or clip skip")
+    return own.read(model)
 
 
 def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:

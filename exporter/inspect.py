@@ -1,6 +1,6 @@
 """What a path is: a checkpoint, an ONNX hub or a bundle, in figures. Loads no weight.
 
-Only a checkpoint in one file needs torch, since diffusers' converters of names do.
+Only a checkpoint needs torch, which counts what a build of it will take.
 """
 
 from __future__ import annotations
@@ -9,16 +9,21 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runtimes import bundle
+from runtimes.errors import DexportError
 from runtimes.manifest import Graph, Model, Stage, Tensor
 from runtimes.safetensors import Stored
+
+if TYPE_CHECKING:
+    from exporter.checkpoint import Checkpoint
 
 
 def inspect(path: Path | str, *, config: Path | str | None = None) -> dict[str, Any]:
     """Describe what lies at ``path``, ready for JSON; ``kind`` is "bundle", "hub" or "checkpoint", sizes are in bytes.
 
+    A checkpoint has also what it "needs" (``exporter.estimate``), or why it "cannot be built".
     ``config``: of a checkpoint in one file, as in ``exporter.checkpoint.read``.
     Hashes are not checked (``verify`` does that) and weights not searched for NaN (``export`` does). Raises
     DexportError for what is none of the three.
@@ -128,7 +133,18 @@ def _checkpoint(path: Path, config: Path | str | None) -> dict[str, Any]:
         "parameters": sum(component["parameters"] for component in components.values()),
         "scheduler": found.scheduler["_class_name"],
         "components": components,
+        **_needs(found),
     }
+
+
+def _needs(found: Checkpoint) -> dict[str, Any]:
+    """What a build takes, or the reason why there can be none."""
+    from exporter import estimate
+
+    try:
+        return {"needs": estimate.needs(found)}
+    except DexportError as error:
+        return {"cannot be built": str(error)}
 
 
 def _component(class_name: str, entries: Iterable[Stored]) -> dict[str, Any]:

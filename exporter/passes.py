@@ -7,10 +7,19 @@ from collections.abc import Callable, Sequence
 import onnx_ir as ir
 from onnx_ir.passes.common import (
     ClearMetadataAndDocStringPass,
+    CommonSubexpressionEliminationPass,
+    DeduplicateInitializersPass,
+    InlinePass,
     LiftConstantsToInitializersPass,
+    NameFixPass,
+    OutputFixPass,
+    RemoveUnusedFunctionsPass,
     RemoveUnusedNodesPass,
+    RemoveUnusedOpsetsPass,
 )
-from onnxscript.optimizer import optimize_ir
+from onnxscript.optimizer import fold_constants_ir
+from onnxscript.rewriter import RewritePass
+from onnxscript.rewriter.rules import common as rules
 
 from exporter.weights import Weight
 from runtimes.safetensors import Stored
@@ -20,6 +29,25 @@ Pass = Callable[[ir.Model], tuple[ir.Model, bool]]
 # Elements. Folding may look at shapes, axes and position ids, never at a weight matrix, and make no large table.
 FOLD_INPUT = 1024
 FOLD_OUTPUT = 65536
+ROUNDS = 2  # of folding and rewriting: what one leaves the other may use
+# onnxscript's own list without its rule that makes Split of Slices, which goes over the whole graph for each node and
+# finds none in ours, and without those that multiply weights, for which the matrices would have to be in memory.
+RULES = (
+    rules.add_0_rule, rules.sub_0_rule, rules.mul_by_1_rule, rules.div_by_1_rule,
+    rules.dropout_zero_rule, rules.dropout_inference_rule,
+    rules.one_reshape_matmul_reshape_rule, rules.two_reshapes_matmul_reshape_rule,
+    rules.cast_constant_of_shape_rule, rules.cast_constant_of_shape_without_value_rule,
+    rules.collapse_slice_rule, rules.collapse_slice2_rule, rules.materialize_reshape_shape_rule,
+    rules.min_min_rule, rules.max_max_rule, rules.min_max_rule, rules.max_min_rule,
+    rules.successive_relu_rule, rules.successive_clip_rule, rules.successive_clip_relu_rule,
+    rules.successive_relu_clip_rule, rules.cast_cast_rule, rules.no_op_cast_rule, rules.no_op_expand_rule,
+    rules.reshape_reshape_rule, rules.flatten_to_reshape_rule, rules.squeeze_reshape_1d_rule,
+    rules.no_op_transpose_rule, rules.transpose_transpose_rule, rules.unsqueeze_unsqueeze_rule,
+    rules.no_op_dynamic_scatter_nd_rule, rules.no_op_static_scatter_nd_rule,
+    rules.normalize_pad_format_conv_rule, rules.fuse_pad_into_conv_rule,
+    rules.remove_optional_bias_from_conv_rule, rules.remove_optional_bias_from_conv_transpose_rule,
+    rules.remove_optional_bias_from_gemm_rule,
+)  # fmt: skip
 
 
 def run(model: ir.Model, passes: Sequence[Pass]) -> ir.Model:
@@ -89,7 +117,19 @@ def optimize(model: ir.Model) -> tuple[ir.Model, bool]:
     """Fold what depends on constants alone, and rewrite the exporter's clumsy patterns (sequences to Split, ...)."""
     before = [node.op_type for node in model.graph]
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)  # fewer nodes to match rules with
-    optimize_ir(model, input_size_limit=FOLD_INPUT, output_size_limit=FOLD_OUTPUT, should_fold=_reads_no_matrix)
+    InlinePass()(model)
+    for _ in range(ROUNDS):
+        fold_constants_ir(
+            model, onnx_shape_inference=True, input_size_limit=FOLD_INPUT, output_size_limit=FOLD_OUTPUT,
+            should_fold=_reads_no_matrix,
+        )  # fmt: skip
+        for one in (RewritePass(RULES), RemoveUnusedNodesPass(), RemoveUnusedFunctionsPass(), RemoveUnusedOpsetsPass()):
+            one(model)
+    for one in (
+        RemoveUnusedNodesPass(), LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        DeduplicateInitializersPass(), CommonSubexpressionEliminationPass(), OutputFixPass(), NameFixPass(),
+    ):  # fmt: skip
+        one(model)
     return model, before != [node.op_type for node in model.graph]
 
 

@@ -28,9 +28,16 @@ def load(checkpoint: Checkpoint, graph: str) -> torch.nn.Module:
     entries = bind(ensemble.owner(checkpoint, graph), parameter_shapes(modules), tied(modules))
     for path, module in modules.named_modules():
         own = {name: entries[f"{path}.{name}"] for name, value in module._parameters.items() if value is not None}
-        if own:
+        if checkpoint.in_memory:  # and a module of one's own may use the weights of a part that it does not call
+            _fill(module, own)
+        elif own:
             _lend(module, own)
     return modules
+
+
+def _fill(module: torch.nn.Module, entries: dict[str, Stored]) -> None:
+    for name, entry in entries.items():
+        module._parameters[name] = torch.nn.Parameter(torch.from_numpy(widen(entry)), requires_grad=False)
 
 
 def _lend(module: torch.nn.Module, entries: dict[str, Stored]) -> None:
@@ -38,8 +45,7 @@ def _lend(module: torch.nn.Module, entries: dict[str, Stored]) -> None:
     empty = {name: module._parameters[name] for name in entries}
 
     def fill(module: torch.nn.Module, inputs: Any) -> None:
-        for name, entry in entries.items():
-            module._parameters[name] = torch.nn.Parameter(torch.from_numpy(widen(entry)), requires_grad=False)
+        _fill(module, entries)
 
     def drop(module: torch.nn.Module, inputs: Any, output: Any) -> None:
         module._parameters.update(empty)

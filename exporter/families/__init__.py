@@ -8,6 +8,7 @@ that looking at a checkpoint stays quick. docs/adding-a-family.md has an example
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -29,7 +30,6 @@ PIPELINES = {
     "LatentConsistencyModelPipeline": "stable_diffusion",
     "PNDMPipeline": "pixel",
     "QwenImagePipeline": "qwen_image",
-    "StableDiffusion3Img2ImgPipeline": "stable_diffusion_3",
     "StableDiffusion3Pipeline": "stable_diffusion_3",
     "StableDiffusionPipeline": "stable_diffusion",
     "StableDiffusionXLImg2ImgPipeline": "stable_diffusion_xl",
@@ -37,6 +37,22 @@ PIPELINES = {
     "ZImagePipeline": "z_image",
 }
 """The allow-list: diffusers' pipeline class to the family's file."""
+
+SAME = {
+    "FluxImg2ImgPipeline": "FluxPipeline",
+    "FluxInpaintPipeline": "FluxPipeline",
+    "LatentConsistencyModelImg2ImgPipeline": "LatentConsistencyModelPipeline",
+    "QwenImageImg2ImgPipeline": "QwenImagePipeline",
+    "QwenImageInpaintPipeline": "QwenImagePipeline",
+    "StableDiffusion3Img2ImgPipeline": "StableDiffusion3Pipeline",
+    "StableDiffusion3InpaintPipeline": "StableDiffusion3Pipeline",
+    "StableDiffusionImg2ImgPipeline": "StableDiffusionPipeline",
+    "ZImageImg2ImgPipeline": "ZImagePipeline",
+    "ZImageInpaintPipeline": "ZImagePipeline",
+}
+"""Classes whose checkpoints have the parts of another: what they do is asked of any bundle, by --image and --mask."""
+
+WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z][a-z]+|[a-z]+|[0-9]+")  # of a class's name
 
 # Each kind of tokenizer by the classes of transformers that a checkpoint may name for it.
 CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
@@ -113,8 +129,21 @@ class Family(Protocol):
 
 
 def find(pipeline: str) -> Family:
-    """Return the family of a pipeline class; DexportError lists what is supported."""
+    """Return the family of a pipeline class; DexportError names the nearest of those that are supported."""
     if pipeline not in PIPELINES:
-        raise DexportError(f"the pipeline class {pipeline} is not supported; supported: {', '.join(sorted(PIPELINES))}")
+        near = nearest(pipeline)
+        advice = f"; nearest to it: {', '.join(near)}" if near else ""
+        raise DexportError(f"the pipeline class {pipeline:.80} is not supported{advice}; docs/families.md lists all")
     module: Any = importlib.import_module(f"exporter.families.{PIPELINES[pipeline]}")
     return module  # type: ignore[no-any-return]
+
+
+def nearest(pipeline: str, count: int = 3) -> list[str]:
+    """The supported classes whose names share most words with a class's."""
+    asked = set(WORD.findall(pipeline.removesuffix("Pipeline")))
+    shared = {name: _likeness(asked, set(WORD.findall(name.removesuffix("Pipeline")))) for name in PIPELINES}
+    return sorted((name for name in shared if shared[name]), key=lambda name: (-shared[name], name))[:count]
+
+
+def _likeness(one: set[str], other: set[str]) -> float:
+    return len(one & other) / len(one | other)
