@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from exporter import checkpoint as checkpoints
+from exporter import hints, steering
 from exporter.checkpoint import Checkpoint
 from exporter.families import Shape, Spec
 from runtimes import samplers, subject
@@ -30,7 +31,8 @@ class Origin:
     """A checkpoint, and what is made of it on the way in.
 
     path: a diffusers folder or one .safetensors file. refiner: a second checkpoint, which goes on with what the first
-    one draws. config, loras, clip_skip: of the first one, as in ``exporter.checkpoint.read``. sampler, steps, guidance:
+    one draws. config, loras, clip_skip: of the first one, as in ``exporter.checkpoint.read``; controls, ip_adapters,
+    image_encoder: what steers it by pictures, as in ``exporter.hints.add``. sampler, steps, guidance:
     the model's defaults, in place of its checkpoint's and family's; a model that was distilled to need no guidance says
     so nowhere, and is one with ``guidance`` up to 1.
     """
@@ -43,6 +45,9 @@ class Origin:
     sampler: str | None = None
     steps: int | None = None
     guidance: float | None = None
+    controls: Sequence[Path | str] = ()
+    ip_adapters: Sequence[Path | str] = ()
+    image_encoder: Path | str | None = None
 
     @classmethod
     def of(cls, checkpoint: Origin | Path | str) -> Origin:
@@ -61,6 +66,7 @@ def read(origin: Origin | Path | str, *, progress: Progress = silent) -> Checkpo
     base = checkpoints.read(
         Path(origin.path), config=origin.config, loras=origin.loras, clip_skip=origin.clip_skip, progress=progress
     )
+    base = hints.add(base, origin.controls, origin.ip_adapters, origin.image_encoder)
     second = checkpoints.read(Path(origin.refiner), progress=progress) if origin.refiner is not None else None
     base, *others = (
         replace(part, scheduler=samplers.choose(part.scheduler, origin.sampler))
@@ -72,7 +78,7 @@ def read(origin: Origin | Path | str, *, progress: Progress = silent) -> Checkpo
 
 def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
     """The graphs of a checkpoint by name, its refiner's among them; what lies between the two is left out."""
-    own = checkpoint.family.specs(checkpoint, shape)
+    own = steering.specs(checkpoint, shape, checkpoint.family.specs(checkpoint, shape))
     if checkpoint.refiner is None:
         return own
     unused = {stage.decoder for stage in checkpoint.family.stages(checkpoint, shape)}
@@ -96,7 +102,7 @@ def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
 
 
 def _stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
-    own = checkpoint.family.stages(checkpoint, shape)
+    own = steering.stages(checkpoint, checkpoint.family.stages(checkpoint, shape))
     if checkpoint.refiner is None:
         return own
     second = checkpoint.refiner

@@ -27,7 +27,11 @@ PIPELINES = {
     "LDMSuperResolutionPipeline": "latent_diffusion",
     "LatentConsistencyModelPipeline": "stable_diffusion",
     "PNDMPipeline": "pixel",
+    "StableDiffusionAdapterPipeline": "stable_diffusion",
+    "StableDiffusionControlNetPipeline": "stable_diffusion",
     "StableDiffusionPipeline": "stable_diffusion",
+    "StableDiffusionXLAdapterPipeline": "stable_diffusion_xl",
+    "StableDiffusionXLControlNetPipeline": "stable_diffusion_xl",
     "StableDiffusionXLImg2ImgPipeline": "stable_diffusion_xl",
     "StableDiffusionXLPipeline": "stable_diffusion_xl",
 }
