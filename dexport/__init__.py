@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from runtimes.bundle import verify
     from runtimes.doctor import doctor
     from runtimes.errors import DexportError, GateError, IntegrityError
+    from runtimes.hints import Hint
     from runtimes.pipeline import Pipeline, Request, Result
     from runtimes.samplers.describe import describe as sampler
 
@@ -38,6 +39,7 @@ __all__ = [
     "Built",
     "DexportError",
     "GateError",
+    "Hint",
     "IntegrityError",
     "Origin",
     "Pipeline",
@@ -62,6 +64,7 @@ _HOMES = {
     "Built": "exporter.build:Built",
     "DexportError": "runtimes.errors:DexportError",
     "GateError": "runtimes.errors:GateError",
+    "Hint": "runtimes.hints:Hint",
     "IntegrityError": "runtimes.errors:IntegrityError",
     "Origin": "exporter.ensemble:Origin",
     "Pipeline": "runtimes.pipeline:Pipeline",
