@@ -171,11 +171,11 @@ class HintFile(click.ParamType):  # type: ignore[type-arg]  # generic only in la
         """Return the name, "" if there is none, the file, and what else is said as arguments of ``dexport.Hint``."""
         if not isinstance(value, str):
             return value
-        found = re.fullmatch(r"(?:([a-z][a-z0-9_]*)=)?(.+?)(?::(-?[\d.]+)(?::([\d.]+),([\d.]+))?)?", value, re.ASCII)
+        found = re.fullmatch(r"(?:([a-z][a-z0-9_]*)=)?(.+?)(?::(-?[\d.]+)(?::([\d.]+,[\d.]+))?)?", value, re.ASCII)
         try:
-            name, file, scale, start, end = found.groups() if found else ("", "", None, None, None)
+            name, file, scale, interval = found.groups() if found else ("", "", None, None)
             how: dict[str, Any] = {} if scale is None else {"scale": float(scale)}
-            how |= {} if start is None else {"interval": (float(start), float(end))}
+            how |= {} if interval is None else {"interval": tuple(map(float, interval.split(",")))}
         except ValueError:
             file = ""
         if not file:
