@@ -168,11 +168,10 @@ def encode(encoder: Any, projection: Any, image: Any) -> tuple[Any, Any]:
     if not hasattr(projection, "latents"):
         embedding = encoder(pixel_values=normal).image_embeds
         return projection(embedding), projection(torch.zeros_like(embedding))
-    states, nothing = (
-        encoder(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
-        for pixels in (normal, torch.zeros_like(normal))
-    )
-    return projection(states), projection(nothing)
+    # As one batch: apart, the resampler's first attentions would have one query, over which TensorRT-RTX 1.7 crashes.
+    both = torch.cat([normal, torch.zeros_like(normal)])
+    tokens_ = projection(encoder(pixel_values=both, output_hidden_states=True).hidden_states[-2])
+    return tokens_[: image.shape[0]], tokens_[image.shape[0] :]
 
 
 def install(unet: Any, count: int) -> Any:
@@ -198,7 +197,9 @@ def install(unet: Any, count: int) -> Any:
             attend = torch.nn.functional.scaled_dot_product_attention
             out = attend(query, *(_heads(layer(states), attn.heads) for layer in (attn.to_k, attn.to_v)))
             for (tokens_, scale), *layers in zip(pictures, self.to_k_ip, self.to_v_ip, strict=True):
-                more = attend(query, *(_heads(layer(tokens_), attn.heads) for layer in layers))
+                key, value = (_heads(layer(tokens_), attn.heads) for layer in layers)
+                # Written out, since TensorRT-RTX 1.7 crashes over two Attention nodes that have one query.
+                more = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1) @ value
                 out = out + scale[:, None, None, None] * more
             return attn.to_out[0](out.transpose(1, 2).flatten(2))
 

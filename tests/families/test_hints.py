@@ -16,6 +16,7 @@ from typing import Any
 
 import diffusers
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from PIL import Image
@@ -24,6 +25,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from exporter import compile as compilers
 from exporter import ensemble, hub, steering
+from exporter import reference as references
 from exporter.checkpoint import Component
 from exporter.ensemble import Origin
 from exporter.families import Shape
@@ -284,6 +286,25 @@ def test_an_adapter_steers_the_first_steps_of_xl(xl: tuple[Parts, Built]) -> Non
         drawn.append(draw(opened(built.bundles["onnxruntime"]), request)[0])
     assert np.abs(drawn[0] - theirs).max() <= LATENTS
     assert np.std(drawn[1] - theirs) > 0.01
+
+
+def test_a_picture_of_any_size_steers(sd: tuple[Parts, Built], tmp_path: Path) -> None:
+    """With a free shape; a T2I-Adapter's features have no free size."""
+    origin = Origin(sd[0].checkpoint, controls=[sd[0].folder / "canny"])
+    model = hub.export(origin, tmp_path / "hub", graphs=["denoiser"], dynamic_shape=True)
+    session = onnxruntime.InferenceSession(tmp_path / "hub/denoiser/model.onnx")
+    reference = references.load(ensemble.read(origin), "denoiser")
+    random = np.random.default_rng(0)
+    for height, width in ((16, 16), (15, 22)):
+        free = {"batch": 2, "height": height, "width": width, "image_height": 2 * height, "image_width": 2 * width}
+        inputs = {
+            tensor.name: random.standard_normal([free.get(str(side), side) for side in tensor.shape], np.float32)
+            for tensor in model.graphs["denoiser"].inputs
+        }
+        expected = reference(*map(torch.from_numpy, inputs.values())).numpy()
+        np.testing.assert_allclose(session.run(None, inputs)[0], expected, atol=1e-5)
+    with pytest.raises(DexportError, match="needs its picture's size fixed; leave --dynamic-shape out"):
+        ensemble.specs(ensemble.read(Origin(sd[0].checkpoint, controls=[sd[0].folder / "sketch"])), Shape(32, 32, True))
 
 
 def test_a_bundle_proves_itself_and_is_timed(sd: tuple[Parts, Built]) -> None:
