@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from runtimes.bundle import verify
     from runtimes.doctor import doctor
     from runtimes.errors import DexportError, GateError, IntegrityError
+    from runtimes.hints import Hint
     from runtimes.manifest import Guidance
     from runtimes.pipeline import Pipeline, Request, Result
     from runtimes.samplers.describe import describe as sampler
@@ -41,6 +42,7 @@ __all__ = [
     "DexportError",
     "GateError",
     "Guidance",
+    "Hint",
     "IntegrityError",
     "Origin",
     "OwnModel",
@@ -67,6 +69,7 @@ _HOMES = {
     "DexportError": "runtimes.errors:DexportError",
     "GateError": "runtimes.errors:GateError",
     "Guidance": "runtimes.manifest:Guidance",
+    "Hint": "runtimes.hints:Hint",
     "IntegrityError": "runtimes.errors:IntegrityError",
     "Origin": "exporter.ensemble:Origin",
     "OwnModel": "exporter.own:OwnModel",

@@ -9,7 +9,7 @@ import click
 
 import dexport
 from dexport import console, tables
-from dexport.group import FAILED_GATE, Face, Numbers, SamplerName, Shape, TargetName
+from dexport.group import FAILED_GATE, Face, HintFile, Numbers, SamplerName, Shape, TargetName
 from dexport.options import (
     FOLDER,
     calibration_steps_option,
@@ -235,6 +235,11 @@ def compile_(
     "--strength", type=click.FloatRange(0, 1, min_open=True),
     help="How much of the picture of --image may change. [default: 0.8, or 1 with --mask]",
 )  # fmt: skip
+@click.option(
+    "--hint", "hint_files", type=HintFile(), multiple=True,
+    help="A picture that steers: a ControlNet's, an adapter's. NAME may be left out where there is one; SCALE "
+    "is how strongly, INTERVAL the part of the steps, like edges.png:0.8:0,0.6. May be given several times.",
+)  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Image i has SEED + i.")
 @click.option(
     "-n", "--images", type=click.IntRange(1), default=1, show_default=True, help="Images for each prompt or class."
@@ -258,6 +263,7 @@ def run(
     prompt_file: Any,
     image_file: Path | None,
     mask_file: Path | None,
+    hint_files: tuple[tuple[str, Path, dict[str, Any]], ...],
     threads: int | None,
     cache: Path | None,
     output: Path,
@@ -270,6 +276,7 @@ def run(
     Example:
       dexport run bundle --prompt "red apple" --prompt "green apple" --steps 20 --seed 7 -o apples
       dexport run bundle --class "golden retriever" --class 207 -n 4 -o dogs
+      dexport run bundle --prompt "a cottage" --hint canny=edges.png:0.8 -o cottage.png
     """
     try:
         lines = [line.strip() for line in prompt_file] if prompt_file else []
@@ -284,6 +291,9 @@ def run(
     console.check_places(files)
     settings["image"] = console.open_image(image_file) if image_file else None
     settings["mask"] = console.open_image(mask_file) if mask_file else None
+    if len({name for name, _, _ in hint_files}) < len(hint_files):
+        raise click.UsageError("two pictures of --hint have the same name")
+    settings["hints"] = {name: dexport.Hint(console.open_image(file), **how) for name, file, how in hint_files}
     with console.working() as progress:
         pipeline = dexport.load(bundle, threads=threads, cache=cache)
         result = pipeline(every, progress=progress, **settings)

@@ -55,9 +55,12 @@ calibration_steps_option = click.option(
 
 def _origin(
     checkpoint: Path, config: str | None, loras: tuple[str, ...], clip_skip: int, refiner: Path | None,
-    sampler: str | None, steps: int | None, guidance: float | None,
+    sampler: str | None, steps: int | None, guidance: float | None, controls: tuple[str, ...],
+    ip_adapters: tuple[str, ...], image_encoder: Path | None,
 ) -> Origin:  # fmt: skip
-    return dexport.Origin(checkpoint, refiner, config, loras, clip_skip, sampler, steps, guidance)
+    return dexport.Origin(
+        checkpoint, refiner, config, loras, clip_skip, sampler, steps, guidance, controls, ip_adapters, image_encoder
+    )
 
 
 origin_options = together(
@@ -81,6 +84,15 @@ origin_options = together(
         "--guidance", type=click.FloatRange(0, 1000),
         help="The model's scale of guidance; up to 1 for one that was distilled to draw without.",
     ),
+    click.option(
+        "--control", "controls", multiple=True, metavar="[NAME=]FOLDER",
+        help="A ControlNet or a T2I-Adapter, steered by the picture NAME of `run --hint`. May be given several times.",
+    ),
+    click.option(
+        "--ip-adapter", "ip_adapters", multiple=True, metavar="[NAME=]FILE",
+        help="An IP-Adapter, likewise: its picture stands for words. Needs --image-encoder.",
+    ),
+    click.option("--image-encoder", type=FOLDER, help="CLIP's image encoder, which an IP-Adapter was trained with."),
 )  # fmt: skip
 """``origin``: the checkpoint, and all that is said of it."""
 

@@ -62,6 +62,7 @@ class Checkpoint:
     export depends on, by the path that a manifest gives them; ``adapters`` what is merged into the weights. ``index``:
     what model_index.json says, of which only what is not asked for here has further use. ``refiner``: what goes on with
     the pictures that this one draws; ``steps`` and ``guidance``: defaults in place of the family's (exporter.ensemble).
+    ``hints``: the components that steer by a picture (exporter.hints).
     """
 
     path: Path
@@ -75,6 +76,7 @@ class Checkpoint:
     refiner: Checkpoint | None = None
     steps: int | None = None
     guidance: float | None = None
+    hints: tuple[str, ...] = ()
 
     @property
     def family(self) -> families.Family:
@@ -129,13 +131,13 @@ def read(
             tokenizers[name] = TokenizerFiles(classes[name], folder / name)
             used |= {f"{name}/{file}" for file in TOKENIZER_FILES if (folder / name / file).is_file()}
         else:
-            configs[name] = _read_json(folder / name / "config.json")
+            configs[name] = read_json(folder / name / "config.json")
             used.add(f"{name}/config.json")
     files = {name: folder / name for name in used}
     scheduler = _read_scheduler(folder / "scheduler" / "scheduler_config.json", _class_of(folder, index, "scheduler"))
     weights: Mapping[str, Mapping[str, Stored]]
     if header is None:
-        weights = {name: _read_weights(folder / name, files) for name in configs}
+        weights = {name: read_weights(folder / name, files) for name in configs}
     else:
         weights = single_file.convert(path, header, configs)
         scheduler |= single_file.scheduler_options(header)
@@ -165,7 +167,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise DexportError(f"{folder}: no such folder")
     if (folder / "model_index.json").is_file():
-        return _read_json(folder / "model_index.json")
+        return read_json(folder / "model_index.json")
     for path in sorted(folder.iterdir()):
         if path.suffix in PICKLES:
             raise _pickle(path)
@@ -201,7 +203,7 @@ def _class_of(folder: Path, index: Mapping[str, Any], name: str) -> str:
 
 def _read_scheduler(path: Path, class_name: str) -> dict[str, Any]:
     """Read scheduler_config.json, without the infinities that diffusers writes for what is not limited."""
-    config = {"_class_name": class_name, **_read_json(path, finite=False)}
+    config = {"_class_name": class_name, **read_json(path, finite=False)}
     for name, value in list(config.items()):
         if all(math.isfinite(number) for number in _numbers(value)):
             continue
@@ -220,7 +222,8 @@ def _numbers(value: Any) -> Iterator[float]:
             yield from _numbers(item)
 
 
-def _read_json(path: Path, *, finite: bool = True) -> dict[str, Any]:
+def read_json(path: Path, *, finite: bool = True) -> dict[str, Any]:
+    """Read a configuration; DexportError for one that is missing or no JSON object."""
     if not path.is_file():
         raise DexportError(f"{path}: missing; the checkpoint is not whole")
     try:
@@ -232,7 +235,7 @@ def _read_json(path: Path, *, finite: bool = True) -> dict[str, Any]:
     return value
 
 
-def _read_weights(folder: Path, files: dict[str, Path]) -> Mapping[str, Stored]:
+def read_weights(folder: Path, files: dict[str, Path]) -> Mapping[str, Stored]:
     """Return a component's tensors by name; add the files that they come from (an index included) to ``files``."""
     for stem in STEMS:
         # "stem.safetensors", "stem.fp16.safetensors", and for shards "stem.safetensors.index[.fp16].json"
@@ -258,7 +261,7 @@ def _other_variants(folder: Path, stem: str) -> list[str]:
 
 def _read_shards(index: Path, files: dict[str, Path]) -> Mapping[str, Stored]:
     """Read the shards that an index lists; index and headers must agree on where each tensor is."""
-    places = _read_json(index).get("weight_map")
+    places = read_json(index).get("weight_map")
     if not (isinstance(places, dict) and places and all(isinstance(file, str) for file in places.values())):
         raise DexportError(f"{index}: no weight_map; copy or download it again")
     entries: dict[str, Stored] = {}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exporter import checkpoint as checkpoints
+from exporter import hints, steering
 from exporter.checkpoint import Checkpoint, TokenizerFiles
 from exporter.families import Shape, Spec, Tokens
 from runtimes import samplers, subject
@@ -34,9 +35,10 @@ class Origin:
     """A checkpoint, and what is made of it on the way in.
 
     path: a diffusers folder, one .safetensors file, or a model of your own. refiner: a second checkpoint, which goes on
-    with what the first one draws. config, loras, clip_skip: of the first one, as in ``exporter.checkpoint.read``.
-    sampler, steps, guidance: the model's defaults, in place of its checkpoint's and family's; a model that was
-    distilled to need no guidance says so nowhere, and is one with ``guidance`` up to 1.
+    with what the first one draws. config, loras, clip_skip: of the first one, as in ``exporter.checkpoint.read``;
+    controls, ip_adapters, image_encoder: what steers it by pictures, as in ``exporter.hints.add``. sampler, steps,
+    guidance: the model's defaults, in place of its checkpoint's and family's; a model that was distilled to need no
+    guidance says so nowhere, and is one with ``guidance`` up to 1.
     """
 
     path: Path | str | OwnModel
@@ -47,6 +49,9 @@ class Origin:
     sampler: str | None = None
     steps: int | None = None
     guidance: float | None = None
+    controls: Sequence[Path | str] = ()
+    ip_adapters: Sequence[Path | str] = ()
+    image_encoder: Path | str | None = None
 
     @classmethod
     def of(cls, checkpoint: Origin | OwnModel | Path | str) -> Origin:
@@ -66,6 +71,7 @@ def read(origin: Origin | OwnModel | Path | str, *, progress: Progress = silent)
         base = checkpoints.read(
             Path(origin.path), config=origin.config, loras=origin.loras, clip_skip=origin.clip_skip, progress=progress
         )
+        base = hints.add(base, origin.controls, origin.ip_adapters, origin.image_encoder)
     else:
         base = _own(origin.path, origin)
     second = checkpoints.read(Path(origin.refiner), progress=progress) if origin.refiner is not None else None
@@ -84,13 +90,15 @@ def _own(model: OwnModel, origin: Origin) -> Checkpoint:
     if not isinstance(model, own.OwnModel):
         raise DexportError(f"a checkpoint is a path, or a dexport.OwnModel, not {model!r:.60}")
     if origin != Origin(model, sampler=origin.sampler, steps=origin.steps, guidance=origin.guidance):
-        raise DexportError("a model of your own takes no refiner, configuration, LoRA or clip skip")
+        raise DexportError(
+            "a model of your own takes nothing that is said of files: no refiner, LoRA, ControlNet and the like"
+        )
     return own.read(model)
 
 
 def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
     """The graphs of a checkpoint by name, its refiner's among them; what lies between the two is left out."""
-    own = checkpoint.family.specs(checkpoint, shape)
+    own = steering.specs(checkpoint, shape, checkpoint.family.specs(checkpoint, shape))
     if checkpoint.refiner is None:
         return own
     unused = {stage.decoder for stage in checkpoint.family.stages(checkpoint, shape)}
@@ -114,7 +122,7 @@ def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
 
 
 def _stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
-    own = checkpoint.family.stages(checkpoint, shape)
+    own = steering.stages(checkpoint, checkpoint.family.stages(checkpoint, shape))
     if checkpoint.refiner is None:
         return own
     second = checkpoint.refiner

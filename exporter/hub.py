@@ -157,7 +157,8 @@ def _only(stage: Stage, made: Collection[str]) -> Stage:
     def kept(name: str | None) -> str | None:
         return name if name in made else None
 
-    return replace(stage, text=kept(stage.text), decoder=kept(stage.decoder), encoder=kept(stage.encoder))
+    hints = tuple(hint for hint in stage.hints if hint.graph is None or hint.graph in made)
+    return replace(stage, text=kept(stage.text), decoder=kept(stage.decoder), encoder=kept(stage.encoder), hints=hints)
 
 
 def _within(progress: Progress, start: float, part: float) -> Progress:

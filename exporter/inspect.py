@@ -83,6 +83,7 @@ def _stage(stage: Stage) -> dict[str, Any]:
         "steps": stage.steps,
         "guidance": f"{stage.guidance.kind}, scale {stage.guidance.scale:g}",
         **({"classes": stage.labels.count} if stage.labels else {}),
+        **({"hints": {hint.name: hint.default for hint in stage.hints}} if stage.hints else {}),
     }
 
 
@@ -121,9 +122,9 @@ def _operators(file: Path) -> dict[str, Any]:
 
 
 def _checkpoint(path: Path, config: Path | str | None) -> dict[str, Any]:
-    from exporter import checkpoint
+    from exporter import checkpoint, hints
 
-    found = checkpoint.read(path, config=config, check=False)
+    found = hints.add(checkpoint.read(path, config=config, check=False), check=False)
     components = {name: _component(c.class_name, c.entries.values()) for name, c in found.components.items()}
     return {
         "kind": "checkpoint",

@@ -36,7 +36,9 @@ PARTS = (
     (r"(.*[._])?(lora_|hada_|lokr_|oft_)|.*\.(lora_[AB]|lora|lora_down)\.", "a LoRA or another adapter; give it "
      "beside its checkpoint, with --lora"),
     (r"emb_params|string_to_param|clip_[gl]$", "a textual-inversion embedding, which is not supported"),
-    (r"control_model\.|input_hint_block\.|controlnet_", "a ControlNet, which is not supported"),
+    (r"control_model\.|input_hint_block\.|controlnet_", "a ControlNet in one file; convert it to a folder of diffusers "
+     "(ControlNetModel.from_single_file), and give that beside its checkpoint, with --control"),
+    (r"image_proj\.|ip_adapter\.", "an IP-Adapter; give it beside its checkpoint, with --ip-adapter"),
     (r"(first_stage_model\.)?(encoder|decoder)\.(conv_in|mid|mid_block)", "an autoencoder (VAE) alone"),
     (r"(down_blocks|up_blocks|mid_block|time_embedding)\.", "one component of a diffusers folder; give the folder"),
     (r"text_model\.|token_embedding\.", "a text encoder alone"),

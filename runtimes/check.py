@@ -22,6 +22,7 @@ GRAPH_NAME = re.compile(r"[a-z][a-z0-9_]*")
 TOKENIZER_FILE = re.compile(r"tokenizer[a-z0-9_]*/[^/]+")
 FREE = ("batch", "height", "width", "image_height", "image_width")  # the dimensions that may be free
 DTYPES = ("float32", "int64")
+NEGATIVE = "negative_"  # before the name of a hint graph's output: in its place in the call with the negative prompt
 GATES = ("passed", "not run")
 SIDE = 65536  # the largest side of a tensor or a picture, and the longest prompt
 ELEMENTS = 2**28  # of a sample or a picture
@@ -34,10 +35,12 @@ TENSORS: dict[Kind, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "denoiser": (("sample", "timestep"), ("output",)),
     "decoder": (("sample",), ("image",)),
     "encoder": (("image",), ("sample",)),
+    "hint": (("image",), ()),
 }
 """The inputs and outputs that a pipeline gives and takes by name."""
 GUIDANCE = "guidance"  # the denoiser's further input where it is told the scale
 ASKED = (GUIDANCE, "labels", "image")  # further inputs that a request fills
+LARGEST = 100.0  # scale of a hint
 
 
 def check_paths(paths: Iterable[str], where: str) -> None:
@@ -182,6 +185,7 @@ def _check_stage(model: Model, stage: Stage, where: str) -> None:
     if stage.guidance.normalize and stage.patch is None:
         raise DexportError(f"{where}: guidance: normalize needs patch, the size of a token")
     _check_inputs(model.graphs[stage.denoiser], stage, where)
+    _check_hints(model, stage, where)
     _check_labels(model.graphs[stage.denoiser], stage, where)
     try:
         timetable.compile_stage(stage, stage.steps, stage.sample)
@@ -244,6 +248,43 @@ def _check_labels(graph: Graph, stage: Stage, where: str) -> None:
             raise _wrong(
                 where, f"labels: names: {number!r:.20}", name, f"a name of a class from 0 to {labels.count - 1}"
             )
+
+
+def _check_hints(model: Model, stage: Stage, where: str) -> None:
+    """Each hint must have a name, and fill inputs of the denoiser that nothing else fills, by a graph or itself."""
+    filled = [*TENSORS["denoiser"][0], *ASKED, *stage.inputs]
+    denoiser = {tensor.name: tensor for tensor in model.graphs[stage.denoiser].inputs}
+    for hint in stage.hints:
+        if not GRAPH_NAME.fullmatch(hint.name):
+            raise _wrong(where, "a hint's name", hint.name, "lower-case letters, digits and _")
+        own = f"{where}: hints: {hint.name}"
+        if hint.graph is not None and (hint.graph not in model.graphs or model.graphs[hint.graph].kind != "hint"):
+            raise _wrong(own, "graph", hint.graph, "a graph of the kind hint")
+        taken = denoiser if hint.graph is None else {tensor.name: tensor for tensor in model.graphs[hint.graph].inputs}
+        picture = taken.get(hint.input)
+        if (
+            picture is None
+            or picture.dtype != "float32"
+            or picture.shape[:2] != ("batch", 3)
+            or len(picture.shape) != 4
+        ):
+            raise _wrong(own, "input", hint.input, "an input of float32 [batch, 3, height, width]")
+        if hint.graph is not None and len(taken) != 1:
+            raise _wrong(own, "graph", hint.graph, "a graph with one input")
+        made = {tensor.name: tensor for tensor in model.graphs[hint.graph].outputs} if hint.graph is not None else {}
+        for name, tensor in made.items():
+            of = name if name in denoiser else name.removeprefix(NEGATIVE)
+            if of not in made or denoiser.get(of) != Tensor(of, tensor.dtype, tensor.shape):
+                raise _wrong(own, "an output of its graph", name, f"an input of the denoiser, or {NEGATIVE} and one")
+        if denoiser.get(hint.scale) != Tensor(hint.scale, "float32", ("batch",)):
+            raise _wrong(own, "scale", hint.scale, "an input of the denoiser of float32 [batch]")
+        if not abs(hint.default) <= LARGEST:
+            raise _wrong(own, "default", hint.default, f"a number up to {LARGEST:g}")
+        filled += [hint.scale, *([hint.input] if hint.graph is None else made.keys() & denoiser.keys())]
+    if twice := [name for name in filled if filled.count(name) > 1]:
+        raise DexportError(f"{where}: the denoiser's input {twice[0]!r:.60} is filled twice")
+    if len({hint.name for hint in stage.hints}) != len(stage.hints):
+        raise DexportError(f"{where}: two hints have the same name")
 
 
 def _wrong(where: str, what: str, value: object, wanted: str) -> DexportError:

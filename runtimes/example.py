@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from runtimes import subject
+from runtimes import hints, subject
 from runtimes.manifest import Model
 from runtimes.pipeline import Request
 
@@ -35,7 +35,7 @@ def first(model: Model) -> str:
 def request(model: Model, names: str | Sequence[str], **settings: Any) -> Request:
     """A request for a subject or several: prompts, classes, or names that only count where there is neither.
 
-    A model that is shown a picture gets one of smooth colours; the same for the same seed.
+    A model that is shown a picture, or steered by some, gets those of smooth colours; the same for the same seed.
     """
     stage, every = model.stages[0], [names] if isinstance(names, str) else list(names)
     if stage.text is not None:
@@ -46,6 +46,9 @@ def request(model: Model, names: str | Sequence[str], **settings: Any) -> Reques
         settings["images"] = len(every) * settings.get("images", 1)
     if subject.shown(model):
         settings["image"] = _colours(settings.get("seed", 0), stage.sample[1:])
+    size = (stage.sample[1] * stage.factor, stage.sample[2] * stage.factor)
+    pictures = {hint.name: _colours(settings.get("seed", 0) + i, size) for i, hint in enumerate(hints.taken(model), 1)}
+    settings["hints"] = pictures
     return Request(**settings)
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 from runtimes import strict_json
 from runtimes.errors import DexportError
 
-Kind = Literal["text", "denoiser", "decoder", "encoder"]
+Kind = Literal["text", "denoiser", "decoder", "encoder", "hint"]
 T = TypeVar("T")
 PROMPT = "{}"  # stands for the prompt in a template
 
@@ -88,6 +88,23 @@ class Labels:
 
 
 @dataclass(frozen=True)
+class HintInput:
+    """A picture by name that steers a denoiser: where it goes, and how strongly if nothing is asked for.
+
+    graph: a graph of the kind "hint" that makes further inputs of the denoiser of it, once; None: the denoiser takes it
+    as it is. input: that graph's input, or the denoiser's, of the picture. scale: the denoiser's input of the strength.
+    resample: how a picture of another size is fitted, as in ``runtimes.image.to_array``.
+    """
+
+    name: str
+    graph: str | None
+    input: str
+    scale: str
+    default: float
+    resample: Literal["lanczos", "bicubic"]
+
+
+@dataclass(frozen=True)
 class Stage:
     """One denoising loop with what comes before and after it; graphs are named by their key in ``Model.graphs``."""
 
@@ -111,6 +128,7 @@ class Stage:
     patch: int | None = None  # elements of the sample along each side of a token, of a model that counts in tokens
     # "even": from 1 to 1 / steps, in place of the scheduler's own, where it takes sigmas
     sigmas: Literal["scheduler", "even"] = "scheduler"
+    hints: tuple[HintInput, ...] = field(default_factory=tuple)  # pictures that steer the denoiser
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from runtimes import bundle, conditioning, guidance, inpaint, loop, samplers, subject, timetable
+from runtimes import bundle, conditioning, guidance, hints, inpaint, loop, samplers, subject, timetable
 from runtimes.errors import DexportError, Progress, silent
 from runtimes.image import to_array, to_images
 from runtimes.manifest import Manifest, Model, Stage
@@ -57,6 +57,8 @@ class Request:
     mask: Image.Image | None = None  # paint only where it is white, and leave the rest of the picture as it is
     # 0 to 1: the part of the steps that is made of a picture; if None, STRENGTH, or all of them with a mask
     strength: float | None = None
+    # Pictures that steer, by the names that the model has for them; "" is the name where it takes but one.
+    hints: Mapping[str, Image.Image | hints.Hint] = field(default_factory=dict)
     guidance_batch: Batching = "batched"  # with and without prompt in one call, or in two that need less memory
 
 
@@ -179,6 +181,7 @@ class Pipeline:
         rows = tuple(row for table in tables for row in table.rows)
         if request.mask is not None:
             rows = inpaint.keep(rows)
+        rows = hints.plan(rows, self.model, request)
         planned = guidance.plan(samplers.Table(rows, 1.0), self._scale(request), request.guidance_interval)
         guided = iter(planned.rows)
         return [
@@ -251,6 +254,7 @@ class Pipeline:
 
     def _checked(self, request: Request) -> Request:
         subject.check(self.model, request)
+        hints.chosen(self.model, request)
         if request.images < 1:
             raise DexportError(f"images must be 1 or more, not {request.images}")
         if request.steps is not None and request.steps < 1:
@@ -313,25 +317,30 @@ class Pipeline:
     ) -> Callable[[Array, float, samplers.Row], Array]:
         """The model as the loop calls it: with the prompt's conditioning, and guided where the row says so."""
         is_guided = stage.guidance.kind == "cfg" and any(row.guidance > 1 for row in table.rows)
-        with_prompt = self._conditioning(stage, request)
+        shown, unshown = hints.encode(
+            self.model, stage, request, self._open, self._pixels(request), subject.count(request)
+        )
+        with_prompt = self._conditioning(stage, request) | shown
         if is_guided:
-            without = self._conditioning(stage, request, without=True)
+            without = self._conditioning(stage, request, without=True) | unshown
             both = {name: np.concatenate([without[name], with_prompt[name]]) for name in with_prompt}
         session = self._open(stage.denoiser)  # after the text graph, which may be closed by now
 
-        def call(sample: Array, t: float, further: Mapping[str, Array]) -> Array:
+        def call(sample: Array, t: float, row: samplers.Row, further: Mapping[str, Array]) -> Array:
             timestep = np.full(len(sample), t, np.float32)
-            return run_batched(session, {"sample": sample, "timestep": timestep, **further})["output"]
+            steered = hints.scales(self.model, stage, row, len(sample))
+            return run_batched(session, {"sample": sample, "timestep": timestep, **further, **steered})["output"]
 
         def model(sample: Array, t: float, row: samplers.Row) -> Array:
             if stage.guidance.kind == "embedded":
-                return call(sample, t, {**with_prompt, "guidance": np.full(len(sample), row.guidance, np.float32)})
+                told = {"guidance": np.full(len(sample), row.guidance, np.float32)}
+                return call(sample, t, row, {**with_prompt, **told})
             if not is_guided or row.guidance <= 1:
-                return call(sample, t, with_prompt)
+                return call(sample, t, row, with_prompt)
             if request.guidance_batch == "batched":
-                without_out, with_out = np.split(call(np.concatenate([sample, sample]), t, both), 2)
+                without_out, with_out = np.split(call(np.concatenate([sample, sample]), t, row, both), 2)
             else:
-                without_out, with_out = call(sample, t, without), call(sample, t, with_prompt)
+                without_out, with_out = call(sample, t, row, without), call(sample, t, row, with_prompt)
             channels = sample.shape[1]  # what follows them is a learned variance, which is the prompt's own
             guided = guidance.guide(
                 without_out[:, :channels], with_out[:, :channels], row.guidance, request.guidance_rescale,
@@ -379,6 +388,7 @@ class Pipeline:
                 settings[name] = value
         if self._begun(request) is not None:
             settings["strength"] = _plain(self._strength(request))
+        settings |= hints.settings(self.model, request)
         if self.manifest is not None:
             settings |= {"target": self.manifest.target, "precision": self.manifest.precision}
         return settings

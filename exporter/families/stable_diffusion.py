@@ -25,7 +25,8 @@ COMPONENTS = {
 }
 # Scale of guidance, diffusers' own, and steps. DPM-Solver++ and Euler have converged after 20; 50 were for PNDM.
 DISTILLED = "LatentConsistencyModelPipeline"
-DEFAULTS = {"StableDiffusionPipeline": (7.5, 20), DISTILLED: (8.5, 4)}
+DEFAULTS = {DISTILLED: (8.5, 4)}
+OTHERS = (7.5, 20)
 # UNet options that ask for conditioning which a Stable Diffusion pipeline does not give.
 FOREIGN = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type")
 
@@ -74,7 +75,7 @@ def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
     config, factor = checkpoint.components["unet"].config, parts.pixels_per_latent(checkpoint)
     channels = parts.whole("unet", config, "in_channels", 4)
     sample = (channels, shape.height // factor, shape.width // factor)
-    scale, steps = DEFAULTS[checkpoint.pipeline]
+    scale, steps = DEFAULTS.get(checkpoint.pipeline, OTHERS)
     guidance = parts.guidance(config, scale)
     return (
         Stage("base", "denoiser", "text", "decoder", "encoder", sample, factor, checkpoint.scheduler, guidance, steps),

@@ -133,7 +133,10 @@ def latent_consistency(folder: Path) -> None:
     stable_diffusion(folder, diffusers.LatentConsistencyModelPipeline, scheduler, {"time_cond_proj_dim": 31})
 
 
-def stable_diffusion_xl(folder: Path, kind: Any, scheduler: Any, *, refiner: bool = False, **options: Any) -> None:
+def stable_diffusion_xl(
+    folder: Path, kind: Any, scheduler: Any, *, refiner: bool = False, blocks: dict[str, Any] | None = None,
+    **options: Any,
+) -> None:  # fmt: skip
     """Two tokenizers that fill up with other ids, text encoders of two widths, and latents with a mean each."""
     torch.manual_seed(2)
     words, words_2 = tokenizer(folder, "words"), tokenizer(folder, "words-2", "!")
@@ -141,7 +144,7 @@ def stable_diffusion_xl(folder: Path, kind: Any, scheduler: Any, *, refiner: boo
     unet = conditional_unet(
         addition_embed_type="text_time", addition_time_embed_dim=8, cross_attention_dim=48 if refiner else 32 + 48,
         projection_class_embeddings_input_dim=24 + 8 * (5 if refiner else 6), use_linear_projection=True,
-        transformer_layers_per_block=(1, 2),
+        transformer_layers_per_block=(1, 2), **(blocks or {}),
     )  # fmt: skip
     vae = kl_autoencoder(
         2, scaling_factor=0.13025, latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.8, 2.0, 1.0]

@@ -267,7 +267,7 @@ def test_descriptions_that_do_not_fit(make: Any, words: str, tmp_path: Path) -> 
 
 
 def test_what_is_only_for_files_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DexportError, match="takes no refiner"):
+    with pytest.raises(DexportError, match="takes nothing that is said of files"):
         dexport.export(dexport.Origin(classes(), clip_skip=2), tmp_path / "hub")
 
 
