@@ -55,9 +55,11 @@ calibration_steps_option = click.option(
 
 def _origin(
     checkpoint: Path, config: str | None, loras: tuple[str, ...], clip_skip: int, refiner: Path | None,
-    sampler: str | None, steps: int | None, guidance: float | None,
+    sampler: str | None, steps: int | None, guidance: float | None, long_prompts: int, embeddings: tuple[str, ...],
 ) -> Origin:  # fmt: skip
-    return dexport.Origin(checkpoint, refiner, config, loras, clip_skip, sampler, steps, guidance)
+    return dexport.Origin(
+        checkpoint, refiner, config, loras, clip_skip, sampler, steps, guidance, long_prompts, embeddings
+    )
 
 
 origin_options = together(
@@ -67,6 +69,10 @@ origin_options = together(
     click.option(
         "--lora", "loras", multiple=True, metavar="FILE[:SCALE]",
         help="Merge a LoRA into the weights, like style.safetensors:0.8. May be given several times.",
+    ),
+    click.option(
+        "--embedding", "embeddings", multiple=True, metavar="FILE[:WORD]",
+        help="Add a word of textual inversion, like style.safetensors:<style>. May be given several times.",
     ),
     click.option(
         "--clip-skip", type=click.IntRange(1), default=1, show_default=True,
@@ -80,6 +86,10 @@ origin_options = together(
     click.option(
         "--guidance", type=click.FloatRange(0, 1000),
         help="The model's scale of guidance; up to 1 for one that was distilled to draw without.",
+    ),
+    click.option(
+        "--long-prompts", type=click.IntRange(1), default=1, show_default=True,
+        help="How many times as long as its text encoder takes a prompt may be; what is beyond is cut off.",
     ),
 )  # fmt: skip
 """``origin``: the checkpoint, and all that is said of it."""

@@ -21,6 +21,7 @@ from runtimes.manifest import File, Stage
 
 HANDOVER = 0.8  # of the way from noise to picture; diffusers' documentation of SDXL, where the refiner begins
 PREFIX = "refiner_"
+MOST_CHUNKS = 64  # of a prompt, beyond all use
 # Of an autoencoder: what makes its latents those of another one.
 LATENTS = ("latent_channels", "scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
@@ -30,9 +31,10 @@ class Origin:
     """A checkpoint, and what is made of it on the way in.
 
     path: a diffusers folder or one .safetensors file. refiner: a second checkpoint, which goes on with what the first
-    one draws. config, loras, clip_skip: of the first one, as in ``exporter.checkpoint.read``. sampler, steps, guidance:
-    the model's defaults, in place of its checkpoint's and family's; a model that was distilled to need no guidance says
-    so nowhere, and is one with ``guidance`` up to 1.
+    one draws. config, loras, embeddings, clip_skip: of the first one, as in ``exporter.checkpoint.read``. sampler,
+    steps, guidance: the model's defaults, in place of its checkpoint's and family's; a model that was distilled to need
+    no guidance says so nowhere, and is one with ``guidance`` up to 1. long_prompts: how many chunks a prompt may have,
+    each as long as the text encoder takes (75 tokens of CLIP's).
     """
 
     path: Path | str
@@ -43,6 +45,8 @@ class Origin:
     sampler: str | None = None
     steps: int | None = None
     guidance: float | None = None
+    long_prompts: int = 1
+    embeddings: Sequence[Path | str] = ()
 
     @classmethod
     def of(cls, checkpoint: Origin | Path | str) -> Origin:
@@ -58,12 +62,19 @@ class Origin:
 def read(origin: Origin | Path | str, *, progress: Progress = silent) -> Checkpoint:
     """Read a checkpoint and the one that refines what it draws, if any; ``stages`` finds whether they fit."""
     origin = Origin.of(origin)
+    if not 1 <= origin.long_prompts <= MOST_CHUNKS:
+        raise DexportError(f"long prompts may have 1 to {MOST_CHUNKS} chunks, not {origin.long_prompts}")
     base = checkpoints.read(
-        Path(origin.path), config=origin.config, loras=origin.loras, clip_skip=origin.clip_skip, progress=progress
+        Path(origin.path),
+        config=origin.config,
+        loras=origin.loras,
+        embeddings=origin.embeddings,
+        clip_skip=origin.clip_skip,
+        progress=progress,
     )
     second = checkpoints.read(Path(origin.refiner), progress=progress) if origin.refiner is not None else None
     base, *others = (
-        replace(part, scheduler=samplers.choose(part.scheduler, origin.sampler))
+        replace(part, scheduler=samplers.choose(part.scheduler, origin.sampler), chunks=origin.long_prompts)
         for part in (base, second)
         if part is not None
     )
@@ -71,8 +82,13 @@ def read(origin: Origin | Path | str, *, progress: Progress = silent) -> Checkpo
 
 
 def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
-    """The graphs of a checkpoint by name, its refiner's among them; what lies between the two is left out."""
+    """The graphs of a checkpoint by name, its refiner's among them; what lies between the two is left out.
+
+    Raises DexportError for options that the model does not have.
+    """
     own = checkpoint.family.specs(checkpoint, shape)
+    if checkpoint.chunks > 1 and not any(spec.sizes for spec in own.values()):
+        raise DexportError(f"long prompts are for models of CLIP's states; leave them out for a {checkpoint.pipeline}")
     if checkpoint.refiner is None:
         return own
     unused = {stage.decoder for stage in checkpoint.family.stages(checkpoint, shape)}
@@ -102,6 +118,10 @@ def _stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
     second = checkpoint.refiner
     if len(own) != 1 or own[0].strength is not None:
         raise DexportError(f"{checkpoint.path}: a {checkpoint.pipeline} does not draw from noise; give the base first")
+    for part in (checkpoint, second):
+        spec = part.family.specs(part, shape)["denoiser"]
+        if any(tensor.name == "mask" for tensor in spec.inputs):
+            raise DexportError(f"{part.path}: an inpainting model neither is refined nor refines; leave --refiner out")
     (first,), (last,) = own, second.family.stages(second, shape)
     _check(checkpoint, second, first, last)
     return (
@@ -138,15 +158,15 @@ def owner(checkpoint: Checkpoint, graph: str) -> Checkpoint:
     return checkpoint
 
 
-def token_inputs(checkpoint: Checkpoint) -> dict[str, tuple[Path, str, int]]:
-    """The tokenizers by their folder in a bundle: folder in the checkpoint, input of the text graph, and length."""
+def token_inputs(checkpoint: Checkpoint) -> dict[str, tuple[Path, str, int, tuple[str, ...]]]:
+    """The tokenizers by their folder in a bundle: folder in the checkpoint, input of the text graph, length, words."""
     found = {}
     for part, prefix, ending in ((checkpoint, "", ""), (checkpoint.refiner, PREFIX, "_refiner")):
         if part is None:
             continue
         for name, (input_, length) in part.family.token_inputs(part).items():
             # "tokenizer_2_refiner": a bundle's folder of a tokenizer begins with that word
-            found[f"{name}{ending}"] = (part.tokenizers[name], f"{prefix}{input_}", length)
+            found[f"{name}{ending}"] = (part.tokenizers[name], f"{prefix}{input_}", length, part.words)
     return found
 
 

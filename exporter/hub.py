@@ -121,14 +121,14 @@ def _export_graph(source: Checkpoint, name: str, spec: Spec, folder: Path, progr
     file = folder / name / "model.onnx"
     file.parent.mkdir()
     onnx_ir.save(model, file, external_data=f"{file.name}.data", size_threshold_bytes=INLINE)
-    return Graph(spec.kind, f"{name}/{file.name}", spec.inputs, spec.outputs)
+    return Graph(spec.kind, f"{name}/{file.name}", spec.inputs, spec.outputs, sizes=spec.sizes)
 
 
 def _write_tokenizers(source: Checkpoint, folder: Path) -> tuple[Tokenizer, ...]:
     made = []
-    for name, (place, input_, length) in ensemble.token_inputs(source).items():
+    for name, (place, input_, length, words) in ensemble.token_inputs(source).items():
         file = f"{name}/tokenizer.json"
-        made.append(Tokenizer(file, input_, length, tokenizers.write(place, folder / file)))
+        made.append(Tokenizer(file, input_, length, tokenizers.write(place, folder / file, words)))
     return tuple(made)
 
 

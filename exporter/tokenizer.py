@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,48 @@ START = "<|startoftext|>"
 DEFAULTS = {"bos_token": START, "eos_token": END, "pad_token": END}  # CLIPTokenizer's
 
 
-def write(folder: Path, output: Path) -> int:
+def write(folder: Path, output: Path, words: Sequence[str] = ()) -> int:
     """Write ``output`` (tokenizer.json) from a CLIP tokenizer's folder and return the id that it pads with.
 
-    The folder has a tokenizer.json, or vocab.json and merges.txt; dexport's own configurations leave both to CLIP's
-    vocabulary, which lies beside them. What is written puts the start and end marks around
-    a text, and neither pads nor cuts it: the pipeline does, and says what it cut.
+    words: tokens to add. What is written puts the start and end marks around a text, and neither pads nor cuts it: the
+    pipeline does, and says what it cut.
+    """
+    tokenizer, ids = _clip(folder)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    _add(tokenizer, words)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
+    return ids["pad_token"]
+
+
+def extend(folder: Path, words: Sequence[str], more: Sequence[str], where: str) -> tuple[int, int]:
+    """How many tokens a CLIP tokenizer has with ``words``, and the id of its end mark.
+
+    Raises DexportError, which begins with ``where``, if ``more`` cannot be added: one of them means something already.
+    """
+    tokenizer, ids = _clip(folder)
+    _add(tokenizer, words)
+    known = tokenizer.get_vocab_size()
+    for word in more:
+        plain = tokenizer.normalizer.normalize_str(word) if tokenizer.normalizer else word
+        if any(tokenizer.token_to_id(form) is not None for form in (word, plain, f"{plain}</w>")):
+            raise DexportError(f"{where}: {word!r} is a word of the tokenizer already; name another with FILE:WORD")
+        _add(tokenizer, [word])
+    return known, ids["eos_token"]
+
+
+def _add(tokenizer: Any, words: Sequence[str]) -> None:
+    """Add words as tokens: whole words only, in small letters or large, where the tokenizer takes them for the same."""
+    from tokenizers import AddedToken
+
+    tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=True) for word in words])
+
+
+def _clip(folder: Path) -> tuple[Any, dict[str, int]]:
+    """A CLIP tokenizer of a tokenizer.json, or of vocab.json and merges.txt, and the ids of its marks.
+
+    dexport's own configurations leave both to CLIP's vocabulary, which lies beside them.
     """
     from tokenizers import Tokenizer
     from tokenizers.processors import TemplateProcessing
@@ -47,17 +84,13 @@ def write(folder: Path, output: Path) -> int:
         if number is None:
             raise DexportError(f"{folder}: the token {token!r} is not in the vocabulary")
         ids[token] = number
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
     try:
         tokenizer.post_processor = TemplateProcessing(
             single=[start, "$A", end], special_tokens=[(start, ids[start]), (end, ids[end])]
         )
     except Exception as error:  # as above
         raise DexportError(f"{folder}: {start!r} and {end!r} cannot mark a text ({error})") from error
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
-    return ids[pad]
+    return tokenizer, {"eos_token": ids[end], "pad_token": ids[pad]}
 
 
 def _merges(file: Path) -> list[tuple[str, ...]]:

@@ -18,6 +18,7 @@ from runtimes.errors import DexportError
 
 Kind = Literal["text", "denoiser", "decoder", "encoder"]
 T = TypeVar("T")
+SEQUENCE = "sequence"  # the free dimension of a denoiser that takes the states of long prompts
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,17 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Graph:
-    """One ONNX graph, IR or engine; ``file`` is relative to the folder of the manifest."""
+    """One ONNX graph, IR or engine; ``file`` is relative to the folder of the manifest.
+
+    sizes: the smallest and the largest size of a free dimension that has such.
+    """
 
     kind: Kind
     file: str
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     properties: Mapping[str, str] = field(default_factory=dict)  # for the runtime, e.g. INFERENCE_PRECISION_HINT
+    sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,8 @@ class Stage:
     strength: float | None = None  # of a model that only reworks pictures: how much, if nothing is asked for
     labels: Labels | None = None  # of a denoiser with classes
     multiple: int = 1  # what height and width of a sample of another size must be multiples of
+    # The text graph's outputs [B, S, D] with a state for each token, which words may weigh and long prompts are joined.
+    states: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,10 +117,11 @@ class File:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What was merged into the checkpoint's weights: a file of the source, and how strongly."""
+    """What was merged into the checkpoint's weights: a file of the source, and how strongly; or for which new word."""
 
     path: str
     scale: float
+    word: str | None = None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from runtimes.errors import DexportError
@@ -27,8 +27,10 @@ PIPELINES = {
     "LDMSuperResolutionPipeline": "latent_diffusion",
     "LatentConsistencyModelPipeline": "stable_diffusion",
     "PNDMPipeline": "pixel",
+    "StableDiffusionInpaintPipeline": "stable_diffusion",
     "StableDiffusionPipeline": "stable_diffusion",
     "StableDiffusionXLImg2ImgPipeline": "stable_diffusion_xl",
+    "StableDiffusionXLInpaintPipeline": "stable_diffusion_xl",
     "StableDiffusionXLPipeline": "stable_diffusion_xl",
 }
 """The allow-list: diffusers' pipeline class to the family's file."""
@@ -41,7 +43,8 @@ class Spec:
     """A graph to be: ``forward(modules, *inputs)`` over the components of these builders, and its tensors.
 
     ``builders`` are by component name; a parameter of the graph is named "<component>.<its name in the component>".
-    ``example`` gives the sizes to trace free dimensions with, where the default of ``trace`` will not do.
+    ``example`` gives the sizes to trace free dimensions with, where the default of ``trace`` will not do; ``sizes`` the
+    smallest and the largest size of a free dimension that has such.
     """
 
     kind: Kind
@@ -50,6 +53,7 @@ class Spec:
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     example: Mapping[str, int]
+    sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
