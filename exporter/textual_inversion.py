@@ -22,6 +22,7 @@ from runtimes.safetensors import Stored, check_finite, read_header
 if TYPE_CHECKING:
     from exporter.checkpoint import Checkpoint, Component
 
+CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
 TABLE = "embeddings.token_embedding.weight"
 XL = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}  # the names of a file for the two encoders of SDXL
 ALONE = "emb_params"  # that of AUTOMATIC1111's web UI; diffusers has the word in its place
@@ -60,11 +61,12 @@ def _merge(checkpoint: Checkpoint, embedding: Embedding, path: str) -> Checkpoin
     from exporter import tokenizer
 
     file = embedding.file
-    encoders = {
-        name: part
-        for name, part in checkpoint.components.items()
-        if name.replace("text_encoder", "tokenizer") in checkpoint.tokenizers
-    }
+    encoders = {name: part for name, part in checkpoint.components.items() if name.startswith("text_encoder")}
+    if not encoders or any(part.class_name not in CLASSES for part in encoders.values()):
+        raise DexportError(
+            f"{file}: embeddings are for models whose text encoders are CLIP's; leave them out for a "
+            f"{checkpoint.pipeline}"
+        )
     word, vectors = _read(embedding, encoders)
     if not WORD.fullmatch(word) or not word.isprintable():
         raise DexportError(f"{file}: {word!r:.60} cannot be a word of a prompt; name another with {file}:WORD")
@@ -96,8 +98,6 @@ def _read(embedding: Embedding, encoders: Mapping[str, Component]) -> tuple[str,
         what = "no such file" if not file.exists() else "not a .safetensors file, and no pickle is opened"
         raise DexportError(f"{file}: {what}; an embedding is one .safetensors file")
     entries = read_header(file)
-    if not encoders:
-        raise DexportError(f"{file}: this model has no text encoder that an embedding is for")
     if set(XL.values()) <= set(entries):
         wanted = {name: XL.get(name) for name in encoders}
         extra = set(entries) - set(XL.values())

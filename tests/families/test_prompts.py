@@ -26,7 +26,7 @@ from runtimes.prompts import Piece, parse
 from runtimes.session import backend
 from runtimes.target import Target
 from tests.families.harness import Built, build_all, draw, same_noise
-from tests.families.small import sd_2, sdxl
+from tests.families.small import sd_2, sdxl, write_ddpm
 from tests.families.test_families import LATENTS, PICTURES
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -315,6 +315,12 @@ def test_other_embeddings_that_do_not_fit(tiny_sd: Path, tiny_sdxl: Path, tmp_pa
         checkpoint.read(tiny_sd, embeddings=[tmp_path / "word.safetensors"] * 2, check=False)
 
 
+def test_a_model_without_words_learns_none(tmp_path: Path) -> None:
+    write_ddpm(tmp_path / "checkpoint")
+    with pytest.raises(DexportError, match="whose text encoders are CLIP's; leave them out for a DDPMPipeline"):
+        read(tmp_path, ONE)
+
+
 def test_the_end_mark_stays_what_the_pooled_state_is_of(tiny_sdxl: Path, tmp_path: Path) -> None:
     """Old configs have 2 there, by which transformers takes the highest id; that would be the learned word's."""
     (tmp_path / "checkpoint").symlink_to(tiny_sdxl)
@@ -327,3 +333,6 @@ def test_the_end_mark_stays_what_the_pooled_state_is_of(tiny_sdxl: Path, tmp_pat
 def test_long_prompts_that_there_are_none_of(tiny_sd: Path, tmp_path: Path) -> None:
     with pytest.raises(DexportError, match="may have 1 to 64 chunks, not 65"):
         hub.export(Origin(tiny_sd, long_prompts=65), tmp_path / "hub")
+    write_ddpm(tmp_path / "checkpoint")
+    with pytest.raises(DexportError, match="are for models of CLIP's states; leave them out for a DDPMPipeline"):
+        hub.export(Origin(tmp_path / "checkpoint", long_prompts=2), tmp_path / "hub")
