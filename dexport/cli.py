@@ -210,6 +210,10 @@ def compile_(
     "--prompts", "prompt_file", type=click.File(encoding="utf-8-sig"), help="A UTF-8 file with one prompt a line."
 )
 @click.option("--negative-prompt", default="", help="What not to draw.")
+@click.option(
+    "--prompt-weights/--no-prompt-weights", default=True, show_default=True,
+    help="Whether brackets weigh words, as in (apple:1.3); else they are text.",
+)  # fmt: skip
 @click.option("--class", "labels", multiple=True, help="Class of a model that has some: name or number. Likewise.")
 @click.option("--steps", type=click.IntRange(1), help="Steps of the sampler.")
 @click.option(

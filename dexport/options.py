@@ -56,10 +56,22 @@ calibration_steps_option = click.option(
 def _origin(
     checkpoint: Path, config: str | None, loras: tuple[str, ...], clip_skip: int, refiner: Path | None,
     sampler: str | None, steps: int | None, guidance: float | None, controls: tuple[str, ...],
-    ip_adapters: tuple[str, ...], image_encoder: Path | None,
+    ip_adapters: tuple[str, ...], image_encoder: Path | None, long_prompts: int, embeddings: tuple[str, ...],
 ) -> Origin:  # fmt: skip
     return dexport.Origin(
-        checkpoint, refiner, config, loras, clip_skip, sampler, steps, guidance, controls, ip_adapters, image_encoder
+        checkpoint,
+        refiner,
+        config,
+        loras,
+        clip_skip,
+        sampler,
+        steps,
+        guidance,
+        controls,
+        ip_adapters,
+        image_encoder,
+        long_prompts,
+        embeddings,
     )
 
 
@@ -70,6 +82,10 @@ origin_options = together(
     click.option(
         "--lora", "loras", multiple=True, metavar="FILE[:SCALE]",
         help="Merge a LoRA into the weights, like style.safetensors:0.8. May be given several times.",
+    ),
+    click.option(
+        "--embedding", "embeddings", multiple=True, metavar="FILE[:WORD]",
+        help="Add a word of textual inversion, like style.safetensors:<style>. May be given several times.",
     ),
     click.option(
         "--clip-skip", type=click.IntRange(1), default=1, show_default=True,
@@ -93,6 +109,10 @@ origin_options = together(
         help="An IP-Adapter, likewise: its picture stands for words. Needs --image-encoder.",
     ),
     click.option("--image-encoder", type=FOLDER, help="CLIP's image encoder, which an IP-Adapter was trained with."),
+    click.option(
+        "--long-prompts", type=click.IntRange(1), default=1, show_default=True,
+        help="How many times as long as its text encoder takes a prompt may be; what is beyond is cut off.",
+    ),
 )  # fmt: skip
 """``origin``: the checkpoint, and all that is said of it."""
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter import clip_skip as clip_skips
-from exporter import families, lora, single_file
+from exporter import families, lora, single_file, textual_inversion
 from runtimes import strict_json
 from runtimes.bundle import hash_file
 from runtimes.errors import DexportError, Progress, silent
@@ -61,8 +61,10 @@ class Checkpoint:
     ``path`` is the folder or file, for messages. ``tokenizers`` are by component; ``files`` those that an
     export depends on, by the path that a manifest gives them; ``adapters`` what is merged into the weights. ``index``:
     what model_index.json says, of which only what is not asked for here has further use. ``refiner``: what goes on with
-    the pictures that this one draws; ``steps`` and ``guidance``: defaults in place of the family's (exporter.ensemble).
-    ``hints``: the components that steer by a picture (exporter.hints).
+    the pictures that this one draws; ``steps`` and ``guidance``: defaults in place of the family's; ``chunks``: how
+    many times as long as its text encoder takes a prompt may be (exporter.ensemble); ``words``: what its tokenizers
+    have beyond their files (exporter.textual_inversion). ``hints``: the components that steer by a picture
+    (exporter.hints).
     """
 
     path: Path
@@ -77,6 +79,8 @@ class Checkpoint:
     steps: int | None = None
     guidance: float | None = None
     hints: tuple[str, ...] = ()
+    chunks: int = 1
+    words: tuple[str, ...] = ()
 
     @property
     def family(self) -> families.Family:
@@ -98,6 +102,7 @@ def read(
     *,
     config: Path | str | None = None,
     loras: Sequence[Path | str] = (),
+    embeddings: Sequence[Path | str] = (),
     clip_skip: int = 1,
     check: bool = True,
     progress: Progress = silent,
@@ -106,8 +111,9 @@ def read(
 
     ``config`` is for a single file: the name of a configuration in ``exporter/configs``, or a diffusers folder whose
     weights are not looked at; by default the kind is read from the file. ``loras``: files to merge, each "FILE" or
-    "FILE:SCALE". ``clip_skip``: which layer's states of the text encoder are used, counted from the last, 1. Raises
-    DexportError for what is missing, damaged, unsupported, or only there as a pickle.
+    "FILE:SCALE"; ``embeddings``: likewise, "FILE" or "FILE:WORD". ``clip_skip``: which layer's states of the text
+    encoder are used, counted from the last, 1. Raises DexportError for what is missing, damaged, unsupported, or only
+    there as a pickle.
     """
     path = Path(path)
     header = read_header(path) if path.is_file() and path.suffix == ".safetensors" else None
@@ -153,7 +159,7 @@ def read(
             progress(f"{component.name}: checking weights", index_ / len(components))
             check_finite(component.entries.values())
     merged = lora.merge(Checkpoint(path, pipeline, components, scheduler, tokenizers, files, index=index), loras)
-    return clip_skips.skip(merged, clip_skip)
+    return clip_skips.skip(textual_inversion.merge(merged, embeddings), clip_skip)
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 HANDOVER = 0.8  # of the way from noise to picture; diffusers' documentation of SDXL, where the refiner begins
 PREFIX = "refiner_"
+MOST_CHUNKS = 64  # of a prompt, beyond all use
 # Of an autoencoder: what makes its latents those of another one.
 LATENTS = ("latent_channels", "scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
@@ -35,10 +36,11 @@ class Origin:
     """A checkpoint, and what is made of it on the way in.
 
     path: a diffusers folder, one .safetensors file, or a model of your own. refiner: a second checkpoint, which goes on
-    with what the first one draws. config, loras, clip_skip: of the first one, as in ``exporter.checkpoint.read``;
-    controls, ip_adapters, image_encoder: what steers it by pictures, as in ``exporter.hints.add``. sampler, steps,
-    guidance: the model's defaults, in place of its checkpoint's and family's; a model that was distilled to need no
-    guidance says so nowhere, and is one with ``guidance`` up to 1.
+    with what the first one draws. config, loras, embeddings, clip_skip: of the first one, as in
+    ``exporter.checkpoint.read``; controls, ip_adapters, image_encoder: what steers it by pictures, as in
+    ``exporter.hints.add``. sampler, steps, guidance: the model's defaults, in place of its checkpoint's and family's; a
+    model that was distilled to need no guidance says so nowhere, and is one with ``guidance`` up to 1. long_prompts:
+    how many chunks a prompt may have, each as long as the text encoder takes (75 tokens of CLIP's).
     """
 
     path: Path | str | OwnModel
@@ -52,6 +54,8 @@ class Origin:
     controls: Sequence[Path | str] = ()
     ip_adapters: Sequence[Path | str] = ()
     image_encoder: Path | str | None = None
+    long_prompts: int = 1
+    embeddings: Sequence[Path | str] = ()
 
     @classmethod
     def of(cls, checkpoint: Origin | OwnModel | Path | str) -> Origin:
@@ -67,16 +71,19 @@ class Origin:
 def read(origin: Origin | OwnModel | Path | str, *, progress: Progress = silent) -> Checkpoint:
     """Read a checkpoint and the one that refines what it draws, if any; ``stages`` finds whether they fit."""
     origin = Origin.of(origin)
+    if not 1 <= origin.long_prompts <= MOST_CHUNKS:
+        raise DexportError(f"long prompts may have 1 to {MOST_CHUNKS} chunks, not {origin.long_prompts}")
     if isinstance(origin.path, Path | str):
         base = checkpoints.read(
-            Path(origin.path), config=origin.config, loras=origin.loras, clip_skip=origin.clip_skip, progress=progress
-        )
+            Path(origin.path), config=origin.config, loras=origin.loras, embeddings=origin.embeddings,
+            clip_skip=origin.clip_skip, progress=progress,
+        )  # fmt: skip
         base = hints.add(base, origin.controls, origin.ip_adapters, origin.image_encoder)
     else:
         base = _own(origin.path, origin)
     second = checkpoints.read(Path(origin.refiner), progress=progress) if origin.refiner is not None else None
     base, *others = (
-        replace(part, scheduler=samplers.choose(part.scheduler, origin.sampler))
+        replace(part, scheduler=samplers.choose(part.scheduler, origin.sampler), chunks=origin.long_prompts)
         for part in (base, second)
         if part is not None
     )
@@ -97,8 +104,13 @@ def _own(model: OwnModel, origin: Origin) -> Checkpoint:
 
 
 def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
-    """The graphs of a checkpoint by name, its refiner's among them; what lies between the two is left out."""
+    """The graphs of a checkpoint by name, its refiner's among them; what lies between the two is left out.
+
+    Raises DexportError for options that the model does not have.
+    """
     own = steering.specs(checkpoint, shape, checkpoint.family.specs(checkpoint, shape))
+    if checkpoint.chunks > 1 and not any(spec.sizes for spec in own.values()):
+        raise DexportError(f"long prompts are for models of CLIP's states; leave them out for a {checkpoint.pipeline}")
     if checkpoint.refiner is None:
         return own
     unused = {stage.decoder for stage in checkpoint.family.stages(checkpoint, shape)}
@@ -128,6 +140,10 @@ def _stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
     second = checkpoint.refiner
     if len(own) != 1 or own[0].strength is not None:
         raise DexportError(f"{checkpoint.path}: a {checkpoint.pipeline} does not draw from noise; give the base first")
+    for part in (checkpoint, second):
+        spec = part.family.specs(part, shape)["denoiser"]
+        if any(tensor.name == "mask" for tensor in spec.inputs):
+            raise DexportError(f"{part.path}: an inpainting model neither is refined nor refines; leave --refiner out")
     (first,), (last,) = own, second.family.stages(second, shape)
     _check(checkpoint, second, first, last)
     return (
@@ -164,15 +180,16 @@ def owner(checkpoint: Checkpoint, graph: str) -> Checkpoint:
     return checkpoint
 
 
-def token_inputs(checkpoint: Checkpoint) -> dict[str, tuple[TokenizerFiles, Tokens]]:
-    """The tokenizers by their folder in a bundle: where they are in the checkpoint, and what the text graph takes."""
+def token_inputs(checkpoint: Checkpoint) -> dict[str, tuple[TokenizerFiles, Tokens, tuple[str, ...]]]:
+    """The tokenizers by their folder in a bundle: their files, what the text graph takes, and words to add."""
     found = {}
     for part, prefix, ending in ((checkpoint, "", ""), (checkpoint.refiner, PREFIX, "_refiner")):
         if part is None:
             continue
         for name, tokens in part.family.token_inputs(part).items():
             # "tokenizer_2_refiner": a bundle's folder of a tokenizer begins with that word
-            found[f"{name}{ending}"] = (part.tokenizers[name], replace(tokens, input=f"{prefix}{tokens.input}"))
+            tokens = replace(tokens, input=f"{prefix}{tokens.input}")
+            found[f"{name}{ending}"] = (part.tokenizers[name], tokens, part.words)
     return found
 
 

@@ -131,7 +131,7 @@ def _export_graph(source: Checkpoint, name: str, spec: Spec, folder: Path, progr
     file = folder / name / "model.onnx"
     file.parent.mkdir()
     onnx_ir.save(model, file, external_data=f"{file.name}.data", size_threshold_bytes=INLINE)
-    return Graph(spec.kind, f"{name}/{file.name}", spec.inputs, spec.outputs)
+    return Graph(spec.kind, f"{name}/{file.name}", spec.inputs, spec.outputs, sizes=spec.sizes)
 
 
 def _cause(error: BaseException) -> str:
@@ -143,9 +143,9 @@ def _cause(error: BaseException) -> str:
 
 def _write_tokenizers(source: Checkpoint, folder: Path) -> tuple[Tokenizer, ...]:
     made = []
-    for name, (files, tokens) in ensemble.token_inputs(source).items():
+    for name, (files, tokens, words) in ensemble.token_inputs(source).items():
         file = f"{name}/tokenizer.json"
-        pad, side = tokenizers.write(files.path, files.class_name, folder / file)
+        pad, side = tokenizers.write(files.path, files.class_name, folder / file, words)
         said = (tokens.template, tokens.negative, tokens.lower, tokens.side or side)
         made.append(Tokenizer(file, tokens.input, tokens.length, pad, *said))
     return tuple(made)

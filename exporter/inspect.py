@@ -70,6 +70,7 @@ def _model(model: Model, sizes: Mapping[str, int]) -> dict[str, Any]:
         **(_stage(model.stages[0]) if model.stages else {}),  # a hub of chosen graphs may hold no whole stage
         **({"stages": {stage.name: _span(stage) for stage in model.stages}} if len(model.stages) > 1 else {}),
         **({"adapters": {item.path: item.scale for item in model.adapters}} if model.adapters else {}),
+        **({"words": words} if (words := [item.word for item in model.adapters if item.word]) else {}),
         "graphs": {name: _graph(graph, sizes) for name, graph in model.graphs.items()},
         "source_files": len(model.source),
         "source_size": sum(file.size for file in model.source),

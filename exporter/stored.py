@@ -1,4 +1,4 @@
-"""Tensors that are made of a checkpoint's when they are read: a view of one, or one with an adapter merged.
+"""Tensors that are made of a checkpoint's when they are read: a view of one, or one with an adapter or rows added.
 
 Each stands wherever an ``Entry`` of a .safetensors file does, so that weights stay streamed: no more than one is in
 memory, whatever the size of the model.
@@ -155,3 +155,36 @@ class Held:
     def finite(self) -> bool:
         """Whether it has no NaN and no infinity."""
         return bool(self.value.detach().isfinite().all())
+
+
+@dataclass(frozen=True)
+class Extended(_Made):
+    """A matrix [N, D] with rows [n, D] (or one, [D]) below, in fp32."""
+
+    base: Stored
+    rows: Stored
+
+    @property
+    def dtype(self) -> str:
+        """Always F32, which holds both whatever they are."""
+        return "F32"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[N + n, D]."""
+        count, width = self.base.shape
+        return (count + (self.rows.shape[0] if len(self.rows.shape) == 2 else 1), width)
+
+    @property
+    def size(self) -> int:
+        """Bytes of both in their files."""
+        return self.base.size + self.rows.size
+
+    def load(self) -> NDArray[Any]:
+        """Both in memory, float32."""
+        width = self.shape[1]
+        return np.concatenate([part.load().astype(np.float32).reshape(-1, width) for part in (self.base, self.rows)])
+
+    def finite(self) -> bool:
+        """Whether neither has NaN or infinity."""
+        return self.base.finite() and self.rows.finite()

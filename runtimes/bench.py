@@ -108,6 +108,7 @@ def _inputs(graph: Graph, stage: Stage, batch: int) -> Mapping[str, Array]:
     scales = {hint.scale: hint.default for hint in stage.hints}
     pictures = ("image", *(hint.input for hint in stage.hints))
     free |= {"image_height": stage.sample[1] * stage.factor, "image_width": stage.sample[2] * stage.factor}
+    free |= {name: sizes[0] for name, sizes in graph.sizes.items()}
     inputs: dict[str, Array] = {}
     for tensor in graph.inputs:
         shape = [free[side] if isinstance(side, str) else side for side in tensor.shape]

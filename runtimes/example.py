@@ -35,7 +35,8 @@ def first(model: Model) -> str:
 def request(model: Model, names: str | Sequence[str], **settings: Any) -> Request:
     """A request for a subject or several: prompts, classes, or names that only count where there is neither.
 
-    A model that is shown a picture, or steered by some, gets those of smooth colours; the same for the same seed.
+    A model that is shown a picture, or steered by some, gets those of smooth colours; the same for the same seed. One
+    that paints into a picture gets such a one, and a mask of its middle.
     """
     stage, every = model.stages[0], [names] if isinstance(names, str) else list(names)
     if stage.text is not None:
@@ -46,9 +47,16 @@ def request(model: Model, names: str | Sequence[str], **settings: Any) -> Reques
         settings["images"] = len(every) * settings.get("images", 1)
     if subject.shown(model):
         settings["image"] = _colours(settings.get("seed", 0), stage.sample[1:])
-    size = (stage.sample[1] * stage.factor, stage.sample[2] * stage.factor)
-    pictures = {hint.name: _colours(settings.get("seed", 0) + i, size) for i, hint in enumerate(hints.taken(model), 1)}
+    height, width = (side * stage.factor for side in stage.sample[1:])
+    pictures = {
+        hint.name: _colours(settings.get("seed", 0) + i, (height, width))
+        for i, hint in enumerate(hints.taken(model), 1)
+    }
     settings["hints"] = pictures
+    if subject.paints(model):
+        settings["image"] = _colours(settings.get("seed", 0), (height, width))
+        settings["mask"] = Image.new("L", (width, height))
+        settings["mask"].paste(255, (width // 4, height // 4, width - width // 4, height - height // 4))
     return Request(**settings)
 
 

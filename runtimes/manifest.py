@@ -19,6 +19,7 @@ from runtimes.errors import DexportError
 Kind = Literal["text", "denoiser", "decoder", "encoder", "hint"]
 T = TypeVar("T")
 PROMPT = "{}"  # stands for the prompt in a template
+SEQUENCE = "sequence"  # the free dimension of a denoiser that takes the states of long prompts
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,17 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Graph:
-    """One ONNX graph, IR or engine; ``file`` is relative to the folder of the manifest."""
+    """One ONNX graph, IR or engine; ``file`` is relative to the folder of the manifest.
+
+    sizes: the smallest and the largest size of a free dimension that has such.
+    """
 
     kind: Kind
     file: str
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     properties: Mapping[str, str] = field(default_factory=dict)  # for the runtime, e.g. INFERENCE_PRECISION_HINT
+    sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,8 @@ class Stage:
     # "even": from 1 to 1 / steps, in place of the scheduler's own, where it takes sigmas
     sigmas: Literal["scheduler", "even"] = "scheduler"
     hints: tuple[HintInput, ...] = field(default_factory=tuple)  # pictures that steer the denoiser
+    # The text graph's outputs [B, S, D] with a state for each token, which words may weigh and long prompts are joined.
+    states: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -142,10 +149,11 @@ class File:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What was merged into the checkpoint's weights: a file of the source, and how strongly."""
+    """What was merged into the checkpoint's weights: a file of the source, and how strongly; or for which new word."""
 
     path: str
     scale: float
+    word: str | None = None
 
 
 @dataclass(frozen=True)

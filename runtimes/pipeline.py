@@ -18,9 +18,9 @@ from runtimes import bundle, conditioning, guidance, hints, inpaint, loop, sampl
 from runtimes.errors import DexportError, Progress, silent
 from runtimes.image import to_array, to_images
 from runtimes.manifest import Manifest, Model, Stage
+from runtimes.prompts import Prompts
 from runtimes.session import Session, require, run_batched
 from runtimes.target import Target
-from runtimes.tokenizer import PromptTokenizer
 
 Array = NDArray[Any]
 Batching = Literal["batched", "sequential"]
@@ -28,7 +28,6 @@ Batching = Literal["batched", "sequential"]
 # Beyond these a request is a slip of the keyboard, and would end in a machine without memory instead of one line.
 MOST_IMAGES = 4096  # in one call
 LONGEST_SIDE = 16384  # pixels
-SHOWN = 80  # characters of a prompt in a warning
 
 STRENGTH = 0.8
 
@@ -60,6 +59,7 @@ class Request:
     # Pictures that steer, by the names that the model has for them; "" is the name where it takes but one.
     hints: Mapping[str, Image.Image | hints.Hint] = field(default_factory=dict)
     guidance_batch: Batching = "batched"  # with and without prompt in one call, or in two that need less memory
+    prompt_weights: bool = True  # whether brackets weigh words, as in (word:1.3); else they are text like any other
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,8 @@ class Pipeline:
         """Take the model's description, the folder of its tokenizer files, and what opens a graph by its name."""
         self.model = model
         self.manifest: Manifest | None = None
-        self._folder = folder
         self._open = open_graph
-        self._tokenizers = memoize(lambda index: PromptTokenizer(folder, model.tokenizers[index]))
+        self.prompts = Prompts(model, folder, open_graph)
 
     @classmethod
     def load(
@@ -119,11 +118,8 @@ class Pipeline:
         if request.negative_prompt and first.guidance.kind != "cfg":
             warnings.append("this model takes no negative prompt: it was left out")
         if request.prompts:
-            for name, prompts in (("prompt", request.prompts), ("negative prompt", [request.negative_prompt])):
-                _, cut = self.tokenize(prompts, negative=name != "prompt")
-                warnings += [
-                    f"the {name} is longer than the model's context: {_short(w)} was cut off" for w in cut if w
-                ]
+            asked = {"prompt": request.prompts, "negative prompt": [request.negative_prompt]}
+            warnings += self.prompts.warnings(asked, weighted=request.prompt_weights)
         settings_ = [{**self._settings(request, i), "size": [p.height, p.width]} for i, p in enumerate(images)]
         return Result(images, settings_, warnings)
 
@@ -140,15 +136,15 @@ class Pipeline:
         start = draw()
         if start.shape != (count, *shape):
             raise DexportError(f"the start noise has shape {list(start.shape)}, not {[count, *shape]}")
-        known = None
-        if begun is not None:
+        known, mask = None, self._kept_mask(request)
+        of_picture = request.mask is None or self._strength(request) < 1  # else only what the mask leaves is
+        if begun is not None and (of_picture or mask is not None):
             (stage, table), *others = runs
             signal, noisy = table.mix
             image = self.encode(to_array(begun, self._pixels(request)))
-            if request.mask is not None:
-                mask = inpaint.kept(request.mask, self._pixels(request), self.model.stages[0].factor)
+            if mask is not None:
                 known = (np.broadcast_to(image, start.shape), mask, start)
-            if request.mask is None or self._strength(request) < 1:  # else of the picture only the known part is left
+            if of_picture:
                 start = signal * image + noisy * start
                 runs = [(stage, replace(table, init_scale=1.0)), *others]
         done, total = 0, sum(len(table.rows) for _, table in runs)
@@ -160,6 +156,12 @@ class Pipeline:
     def _begun(self, request: Request) -> Image.Image | None:
         """The picture that the loop starts from; a model that is shown the request's starts from noise."""
         return None if subject.shown(self.model) else request.image
+
+    def _kept_mask(self, request: Request) -> Array | None:
+        """What of the sample the loop puts back after each step; nothing where the denoiser itself is told the mask."""
+        if request.mask is None or subject.paints(self.model):
+            return None
+        return inpaint.kept(request.mask, self._pixels(request), self.model.stages[0].factor)
 
     def _runs(self, request: Request) -> list[tuple[Stage, samplers.Table]]:
         """The stages with their tables; they share the steps, and the scales of guidance run over all of them.
@@ -179,7 +181,7 @@ class Pipeline:
             table = timetable.compile_stage(stage, steps, shape, scheduler=config, begin=begin)
             tables.append(replace(table, init_scale=1.0) if tables else table)  # what follows takes a sample as it is
         rows = tuple(row for table in tables for row in table.rows)
-        if request.mask is not None:
+        if request.mask is not None and not subject.paints(self.model):
             rows = inpaint.keep(rows)
         rows = hints.plan(rows, self.model, request)
         planned = guidance.plan(samplers.Table(rows, 1.0), self._scale(request), request.guidance_interval)
@@ -188,25 +190,6 @@ class Pipeline:
             (stage, replace(table, rows=tuple(islice(guided, len(table.rows)))))
             for stage, table in zip(stages, tables, strict=True)
         ]
-
-    def tokenize(self, prompts: Sequence[str], *, negative: bool = False) -> tuple[dict[str, Array], list[str]]:
-        """Return the text graph's inputs, and for each prompt (or negative prompt) the words that fitted into none."""
-        tokens: dict[str, Array] = {}
-        cuts = []
-        for index, spec in enumerate(self.model.tokenizers):
-            tokens[spec.input], cut = self._tokenizers(index)(prompts, negative=negative)
-            cuts.append(cut)
-        return tokens, [min(rests, key=len) for rests in zip(*cuts, strict=True)]
-
-    def encode_text(
-        self, prompts: Sequence[str], stage: Stage | None = None, *, negative: bool = False
-    ) -> dict[str, Array]:
-        """Return a stage's (by default the first one's) conditioning tensors of the prompts, with one row a prompt."""
-        name = (stage or self.model.stages[0]).text
-        if name is None:
-            return {}
-        tokens, _ = self.tokenize(prompts, negative=negative)
-        return run_batched(self._open(name), {t.name: tokens[t.name] for t in self.model.graphs[name].inputs})
 
     def decode(self, sample: Array, request: Request | None = None) -> Array:
         """Turn the loop's last sample into images, float32 [B, 3, H, W] in [0, 1]."""
@@ -320,9 +303,10 @@ class Pipeline:
         shown, unshown = hints.encode(
             self.model, stage, request, self._open, self._pixels(request), subject.count(request)
         )
-        with_prompt = self._conditioning(stage, request) | shown
+        told, chunks = self._told(request), self._chunks(stage, request, is_guided)
+        with_prompt = {**self._conditioning(stage, request, chunks), **told, **shown}
         if is_guided:
-            without = self._conditioning(stage, request, without=True) | unshown
+            without = {**self._conditioning(stage, request, chunks, without=True), **told, **unshown}
             both = {name: np.concatenate([without[name], with_prompt[name]]) for name in with_prompt}
         session = self._open(stage.denoiser)  # after the text graph, which may be closed by now
 
@@ -350,26 +334,39 @@ class Pipeline:
 
         return model
 
-    def _conditioning(self, stage: Stage, request: Request, *, without: bool = False) -> dict[str, Array]:
+    def _told(self, request: Request) -> dict[str, Array]:
+        """The inputs ``mask`` and ``masked_sample`` of a denoiser that was trained to paint into a picture."""
+        if request.image is None or request.mask is None or not subject.paints(self.model):
+            return {}
+        image, factor = to_array(request.image, self._pixels(request)), self.model.stages[0].factor
+        return inpaint.conditioning(image, request.mask, factor, subject.count(request), self.encode)
+
+    def _chunks(self, stage: Stage, request: Request, is_guided: bool) -> int:
+        """The chunks of the longest prompt; all others get as many, since the denoiser takes them together."""
+        if stage.text is None:
+            return 1
+        prompts = [*request.prompts, *([request.negative_prompt] if is_guided else [])]
+        return self.prompts.tokenize(stage, prompts, weighted=request.prompt_weights).chunks
+
+    def _conditioning(self, stage: Stage, request: Request, chunks: int, *, without: bool = False) -> dict[str, Array]:
         """The denoiser's inputs beside sample and timestep, a row for each picture.
 
-        without: of the negative prompt, or of no class, in place of what the request asks for.
+        chunks: of each prompt. without: of the negative prompt, or of no class, in place of what the request asks for.
         """
         graph, (_, height, width) = self.model.graphs[stage.denoiser], self.sample_shape(request)
         return {
-            **self._encoded(stage, request, without),
+            **self._encoded(stage, request, chunks, without),
             **conditioning.constants(stage, graph, self._pixels(request), subject.count(request), negative=without),
             **subject.conditioning(stage, graph, request, (height, width), without=without),
         }
 
-    def _encoded(self, stage: Stage, request: Request, without: bool) -> dict[str, Array]:
+    def _encoded(self, stage: Stage, request: Request, chunks: int, without: bool) -> dict[str, Array]:
         """What the stage's text graph makes of the prompts, or of the negative prompt, a row for each picture."""
         count = subject.count(request)
         if stage.text is not None and without and stage.guidance.empty == "zeros" and not request.negative_prompt:
-            outputs = self.model.graphs[stage.text].outputs
-            return {t.name: np.zeros((count, *map(int, t.shape[1:])), t.dtype) for t in outputs}
+            return self.prompts.zeros(stage, count, chunks)
         prompts = [request.negative_prompt] if without else request.prompts
-        rows = self.encode_text(prompts, stage, negative=without)
+        rows = self.prompts.encode(stage, prompts, weighted=request.prompt_weights, chunks=chunks, negative=without)
         return {name: np.repeat(value, count // len(prompts), axis=0) for name, value in rows.items()}
 
     def _settings(self, request: Request, index: int) -> dict[str, Any]:
@@ -378,6 +375,7 @@ class Pipeline:
         settings: dict[str, Any] = {
             **subject.settings(self.model, request, index),
             **({"negative_prompt": request.negative_prompt} if request.prompts else {}),
+            **({"prompt_weights": False} if request.prompts and not request.prompt_weights else {}),
             "seed": request.seed + index,
             "steps": request.steps or stage.steps,
             "guidance": _plain(self._scale(request)),
@@ -397,10 +395,3 @@ class Pipeline:
 def _plain(numbers: Any) -> Any:
     """A float or a list of them, which JSON knows, for whatever holds numbers."""
     return np.asarray(numbers, np.float64).tolist()
-
-
-def _short(words: str) -> str:
-    """The words that were cut off, in quotes; of many the first, and how many there are."""
-    if len(words) <= SHOWN:
-        return repr(words)
-    return f"{words[:SHOWN].rsplit(' ', 1)[0]!r} … ({len(words.split())} words)"

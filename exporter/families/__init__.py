@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from runtimes.errors import DexportError
@@ -33,10 +33,12 @@ PIPELINES = {
     "StableDiffusion3Pipeline": "stable_diffusion_3",
     "StableDiffusionAdapterPipeline": "stable_diffusion",
     "StableDiffusionControlNetPipeline": "stable_diffusion",
+    "StableDiffusionInpaintPipeline": "stable_diffusion",
     "StableDiffusionPipeline": "stable_diffusion",
     "StableDiffusionXLAdapterPipeline": "stable_diffusion_xl",
     "StableDiffusionXLControlNetPipeline": "stable_diffusion_xl",
     "StableDiffusionXLImg2ImgPipeline": "stable_diffusion_xl",
+    "StableDiffusionXLInpaintPipeline": "stable_diffusion_xl",
     "StableDiffusionXLPipeline": "stable_diffusion_xl",
     "ZImagePipeline": "z_image",
 }
@@ -72,7 +74,8 @@ class Spec:
     """A graph to be: ``forward(modules, *inputs)`` over the components of these builders, and its tensors.
 
     ``builders`` are by component name; a parameter of the graph is named "<component>.<its name in the component>".
-    ``example`` gives the sizes to trace free dimensions with, where the default of ``trace`` will not do.
+    ``example`` gives the sizes to trace free dimensions with, where the default of ``trace`` will not do; ``sizes`` the
+    smallest and the largest size of a free dimension that has such.
     """
 
     kind: Kind
@@ -81,6 +84,7 @@ class Spec:
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     example: Mapping[str, int]
+    sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

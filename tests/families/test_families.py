@@ -17,8 +17,8 @@ from runtimes.pipeline import Request
 from runtimes.session import backend
 from runtimes.target import Target
 from tests.families import small_flow
-from tests.families.harness import Family, Made, draw, make, picture
-from tests.families.small import latent_consistency, refiner, sd_2, sdxl, sdxl_turbo
+from tests.families.harness import Family, Made, draw, hole, make, picture
+from tests.families.small import inpainting, latent_consistency, refiner, sd_2, sdxl, sdxl_inpainting, sdxl_turbo
 
 # torch's arrays and numpy's newest differ on this inside of diffusers.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -26,6 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't
 LATENTS = 1e-3  # largest difference; both sides round what goes into each call of the model to float32
 PICTURES = 45.0  # dB
 PROMPTS = ("red apple", "a")
+HOLE = {"prompts": PROMPTS, "image": picture(), "mask": hole(), "guidance": 6.0}
 
 
 FAMILIES = [
@@ -33,6 +34,8 @@ FAMILIES = [
     Family("sdxl-refined", sdxl, {"prompts": PROMPTS, "steps": 6, "guidance": 6.0}, refiner=refiner),
     Family("sdxl-turbo", sdxl_turbo, {"prompts": PROMPTS, "steps": 2}, said={"guidance": 0, "steps": 2}),
     Family("refiner", refiner, {"prompts": PROMPTS, "steps": 8, "strength": 0.5, "guidance": 6.0, "image": picture()}),
+    Family("inpainting", inpainting, {**HOLE, "steps": 6, "strength": 0.6}),
+    Family("sdxl-inpainting", sdxl_inpainting, {**HOLE, "steps": 4}),
     Family("lcm", latent_consistency, {"prompts": PROMPTS, "steps": 3, "guidance": 6.0}),
     Family("sd-3", small_flow.sd_3, {"prompts": PROMPTS, "steps": 4, "guidance": 5.0}),
     Family(
