@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import (
     ClearMetadataAndDocStringPass,
@@ -29,6 +30,7 @@ Pass = Callable[[ir.Model], tuple[ir.Model, bool]]
 # Elements. Folding may look at shapes, axes and position ids, never at a weight matrix, and make no large table.
 FOLD_INPUT = 1024
 FOLD_OUTPUT = 65536
+ALMOST_ZERO = 1e-7  # up to a little less (1e-8) the rewriting rules take a number for 0
 ROUNDS = 2  # of folding and rewriting: what one leaves the other may use
 # onnxscript's own list without its rule that makes Split of Slices, which goes over the whole graph for each node and
 # finds none in ours, and without those that multiply weights, for which the matrices would have to be in memory.
@@ -113,16 +115,37 @@ def turn_weights(model: ir.Model) -> tuple[ir.Model, bool]:
     return model, modified
 
 
+def keep_epsilons(model: ir.Model) -> tuple[ir.Model, bool]:
+    """Keep a term such as 1e-15, which keeps a division by 0 away: the rules that follow would drop it as 0.
+
+    They look at scalars only, so it becomes a tensor of one axis.
+    """
+    modified = False
+    for node in list(model.graph):
+        for index, value in enumerate(node.inputs if node.op_type in ("Add", "Sub") else ()):
+            number = ir.convenience.get_const_tensor(value) if value is not None else None
+            if number is None or number.shape.rank() or number.dtype != ir.DataType.FLOAT:
+                continue
+            if 0 < abs(float(number.numpy())) < ALMOST_ZERO:
+                term = ir.Value(name=f"{node.name}_epsilon", const_value=ir.tensor(number.numpy().reshape(1)))
+                term.shape, term.dtype = ir.Shape([1]), ir.DataType.FLOAT
+                model.graph.register_initializer(term)
+                node.replace_input_with(index, term)
+                modified = True
+    return model, modified
+
+
 def optimize(model: ir.Model) -> tuple[ir.Model, bool]:
     """Fold what depends on constants alone, and rewrite the exporter's clumsy patterns (sequences to Split, ...)."""
     before = [node.op_type for node in model.graph]
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)  # fewer nodes to match rules with
     InlinePass()(model)
     for _ in range(ROUNDS):
-        fold_constants_ir(
-            model, onnx_shape_inference=True, input_size_limit=FOLD_INPUT, output_size_limit=FOLD_OUTPUT,
-            should_fold=_reads_no_matrix,
-        )  # fmt: skip
+        with np.errstate(divide="ignore", invalid="ignore"):  # T5's positions take a logarithm of 0, and do not use it
+            fold_constants_ir(
+                model, onnx_shape_inference=True, input_size_limit=FOLD_INPUT, output_size_limit=FOLD_OUTPUT,
+                should_fold=_reads_no_matrix,
+            )  # fmt: skip
         for one in (RewritePass(RULES), RemoveUnusedNodesPass(), RemoveUnusedFunctionsPass(), RemoveUnusedOpsetsPass()):
             one(model)
     for one in (
@@ -214,6 +237,7 @@ HUB: tuple[Pass, ...] = (
     share_weights,
     turn_weights,
     drop_unused,
+    keep_epsilons,
     optimize,
     drop_ones,
     drop_unused,

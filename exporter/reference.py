@@ -14,13 +14,14 @@ from runtimes.errors import DexportError
 from runtimes.safetensors import Stored
 
 
-def load(checkpoint: Checkpoint, graph: str) -> torch.nn.Module:
+def load(checkpoint: Checkpoint, graph: str, size: tuple[int, int] | None = None) -> torch.nn.Module:
     """Return the module that the hub graph ``graph`` is exported from, computing in fp32.
 
     Called as ``module(*inputs)`` with tensors in the graph's input order; gives a tensor, or a tuple in the graph's
     output order. A layer's weights are mapped from the file and widened when it is called, and let go after it.
+    size: height and width of the picture in pixels, the checkpoint's own by default.
     """
-    height, width = checkpoint.family.default_shape(checkpoint)
+    height, width = size or checkpoint.family.default_shape(checkpoint)
     specs = ensemble.specs(checkpoint, Shape(height, width, free=False))
     if graph not in specs:
         raise DexportError(f"no graph {graph!r}; there are {', '.join(specs)}")
@@ -28,7 +29,9 @@ def load(checkpoint: Checkpoint, graph: str) -> torch.nn.Module:
     entries = bind(ensemble.owner(checkpoint, graph), parameter_shapes(modules), tied(modules))
     for path, module in modules.named_modules():
         own = {name: entries[f"{path}.{name}"] for name, value in module._parameters.items() if value is not None}
-        if checkpoint.in_memory:  # and a module of one's own may use the weights of a part that it does not call
+        # A family's function may take tables beside layers without calling the module, and a module of one's own the
+        # weights of a part that it does not call.
+        if checkpoint.in_memory or (own and next(module.children(), None) is not None):
             _fill(module, own)
         elif own:
             _lend(module, own)
