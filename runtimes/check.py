@@ -191,8 +191,8 @@ def _check_stage(model: Model, stage: Stage, where: str) -> None:
         raise _wrong(where, "multiple", stage.multiple, "a number from 1 that divides the sample's sides")
     if stage.patch is not None and (stage.patch < 1 or stage.multiple % stage.patch):
         raise _wrong(where, "patch", stage.patch, "null, or a number from 1 that divides multiple")
-    if stage.guidance.normalize and stage.patch is None:
-        raise DexportError(f"{where}: guidance: normalize needs patch, the size of a token")
+    if stage.guidance.normalize == "tokens" and stage.patch is None:
+        raise DexportError(f"{where}: guidance: to normalize tokens needs patch, their size")
     _check_inputs(model.graphs[stage.denoiser], stage, where)
     _check_hints(model, stage, where)
     _check_labels(model.graphs[stage.denoiser], stage, where)

@@ -69,14 +69,15 @@ class Guidance:
     """How a prompt or a class steers: "cfg" runs the denoiser with and without it, "none" only with it.
 
     "embedded" runs it only with the prompt, and tells it the scale as its input ``guidance`` [batch].
-    empty: what stands for an empty negative prompt, the text graph's output for it or zeros. normalize: each token of
-    the guided output, ``Stage.patch`` elements a side, keeps the length that it has with the prompt.
+    empty: what stands for an empty negative prompt, the text graph's output for it or zeros. normalize: what of
+    the guided output keeps the length that it has with the prompt, each of "tokens", ``Stage.patch`` elements a side,
+    or of "rows", the elements along the width.
     """
 
     kind: Literal["cfg", "none", "embedded"]
     scale: float
     empty: Literal["text", "zeros"] = "text"
-    normalize: bool = False
+    normalize: Literal["none", "tokens", "rows"] = "none"
 
 
 @dataclass(frozen=True)

@@ -328,7 +328,8 @@ class Pipeline:
             channels = sample.shape[1]  # what follows them is a learned variance, which is the prompt's own
             guided = guidance.guide(
                 without_out[:, :channels], with_out[:, :channels], row.guidance, request.guidance_rescale,
-                patch=stage.patch if stage.guidance.normalize else None,
+                patch=stage.patch if stage.guidance.normalize == "tokens" else None,
+                rows=stage.guidance.normalize == "rows",
             )  # fmt: skip
             return np.concatenate([guided, with_out[:, channels:]], axis=1)
 

@@ -113,7 +113,7 @@ def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
     return (
         Stage(
             "base", "denoiser", "text", "decoder", "encoder", sample, drawn.factor, checkpoint.scheduler,
-            Guidance("cfg", GUIDANCE, normalize=True), STEPS, multiple=PATCH, patch=PATCH, sigmas="even",
+            Guidance("cfg", GUIDANCE, normalize="tokens"), STEPS, multiple=PATCH, patch=PATCH, sigmas="even",
         ),
     )  # fmt: skip
 
