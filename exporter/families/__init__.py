@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from exporter.checkpoint import Checkpoint
 
 PIPELINES = {
+    "AuraFlowPipeline": "aura_flow",
     "ConsistencyModelPipeline": "pixel",
     "DDIMPipeline": "pixel",
     "DDPMPipeline": "pixel",
@@ -28,7 +29,12 @@ PIPELINES = {
     "LDMPipeline": "latent_diffusion",
     "LDMSuperResolutionPipeline": "latent_diffusion",
     "LatentConsistencyModelPipeline": "stable_diffusion",
+    "Lumina2Pipeline": "lumina2",
     "PNDMPipeline": "pixel",
+    "PixArtAlphaPipeline": "pixart",
+    "PixArtSigmaPipeline": "pixart",
+    "SanaPipeline": "sana",
+    "SanaSprintPipeline": "sana",
     "QwenImagePipeline": "qwen_image",
     "StableDiffusion3Pipeline": "stable_diffusion_3",
     "StableDiffusionAdapterPipeline": "stable_diffusion",

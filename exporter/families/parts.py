@@ -156,13 +156,12 @@ def sides(component: str, name: str, value: Any) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
-def blocks(component: str, config: Config, default: Sequence[int]) -> list[int]:
+def blocks(component: str, config: Config, default: Sequence[int], name: str = "block_out_channels") -> list[int]:
     """The channels of each block of a UNet or an autoencoder; it halves the picture between two of them."""
-    value = config.get("block_out_channels", list(default))
+    value = config.get(name, list(default))
     if not isinstance(value, list) or not 1 <= len(value) <= BLOCKS or any(type(n) is not int or n < 1 for n in value):
         raise DexportError(
-            f"{component}/config.json: block_out_channels={value!r:.60} must be a list of 1 to {BLOCKS} whole numbers "
-            "from 1"
+            f"{component}/config.json: {name}={value!r:.60} must be a list of 1 to {BLOCKS} whole numbers from 1"
         )
     return value
 

@@ -133,13 +133,20 @@ def draw_theirs(family: Family, folder: Path, refiner: Path | None = None) -> tu
         if refiner is not None:
             words["image"] = pipe(**words | {"output_type": "latent", "denoising_end": HANDOVER}).images
             pipe, words["denoising_start"] = _open(refiner), HANDOVER
-        pictures = pipe(**words, callback_on_step_end=keep).images
+        pictures = pipe(**words, **_watched(pipe, keep)).images
     latents = kept[-1]
     if latents.ndim == 3:  # tokens of packed latents
         latents = pipe._unpack_latents(latents, *pictures.shape[1:3], pipe.vae_scale_factor)
     if latents.ndim == 5:  # a video of one frame
         latents = latents[:, :, 0]
     return latents.numpy(), pictures.transpose(0, 3, 1, 2)
+
+
+def _watched(pipe: Any, keep: Callable[..., Any]) -> dict[str, Any]:
+    """The argument by which a pipeline calls ``keep`` after each step."""
+    if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
+        return {"callback_on_step_end": keep}
+    return {"callback": lambda index, t, latents: keep(pipe, index, t, {"latents": latents})}
 
 
 def _open(folder: Path) -> Any:
