@@ -250,6 +250,11 @@ def _check_states(model: Model, stage: Stage, where: str) -> None:
     text = model.graphs[stage.text] if stage.text is not None else None
     lengths = {tensor.shape[1] for tensor in text.inputs} if text else set()
     outputs = {tensor.name: tensor.shape for tensor in text.outputs} if text else {}
+    for tokenizer in model.tokenizers:
+        if text and tokenizer.input in {tensor.name for tensor in text.inputs}:
+            said = (tokenizer.template, tokenizer.negative, tokenizer.lower, tokenizer.side)
+            if said != (PROMPT, None, False, "right"):
+                raise DexportError(f"{where}: states whose words may weigh are those of a prompt as it is")
     for name in stage.states:
         shape = outputs.get(name, ())
         if len(shape) != 3 or lengths != {shape[1]}:

@@ -144,6 +144,7 @@ WRONG: list[tuple[Change, str]] = [
     (long([76, 152], states=["states"]), "sizes of sequence is"),
     (long([77, 155], states=["states"]), "77 and a multiple of it"),
     (stage(states=["ghost"]), "states is 'ghost'"),
+    (lambda model: (stage(states=["states"])(model), tokenizer(side="left")(model)), "those of a prompt as it is"),
     (stage(states=["ids"]), "states is 'ids'"),
     (more("mask", "float32", ["batch", 1, 8, 8]), "the denoiser's 'masked_sample' must be float32"),
     (more("masked_sample", "float32", ["batch", 4, 8, 8]), "the denoiser's 'mask' must be float32"),
