@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from exporter import checkpoint as checkpoints
+from exporter import consistency
 from exporter.checkpoint import Checkpoint
 from exporter.families import Shape, Spec
-from runtimes import samplers, subject
+from runtimes import cascade, samplers, subject
 from runtimes.errors import DexportError, Progress, silent
 from runtimes.manifest import File, Stage
 
@@ -30,9 +31,11 @@ class Origin:
     """A checkpoint, and what is made of it on the way in.
 
     path: a diffusers folder or one .safetensors file. refiner: a second checkpoint, which goes on with what the first
-    one draws. config, loras, clip_skip: of the first one, as in ``exporter.checkpoint.read``. sampler, steps, guidance:
-    the model's defaults, in place of its checkpoint's and family's; a model that was distilled to need no guidance says
-    so nowhere, and is one with ``guidance`` up to 1.
+    one draws. prior: the folder of the prior that a decoder was saved without (exporter.combined). decoder: that of a
+    consistency decoder to draw the pictures with (exporter.consistency). config, loras, clip_skip: of the first one, as
+    in ``exporter.checkpoint.read``. sampler, steps, guidance: the model's defaults, in place of its checkpoint's and
+    family's; a model that was distilled to need no guidance says so nowhere, and is one with ``guidance`` up to 1. Of a
+    model with several ways (runtimes.cascade) they are of the main one.
     """
 
     path: Path | str
@@ -43,6 +46,8 @@ class Origin:
     sampler: str | None = None
     steps: int | None = None
     guidance: float | None = None
+    prior: Path | str | None = None
+    decoder: Path | str | None = None
 
     @classmethod
     def of(cls, checkpoint: Origin | Path | str) -> Origin:
@@ -52,26 +57,42 @@ class Origin:
     @property
     def checkpoints(self) -> list[Path]:
         """The paths of the checkpoints, which nothing is written into."""
-        return [Path(path) for path in (self.path, self.refiner) if path is not None]
+        return [Path(path) for path in (self.path, self.refiner, self.prior, self.decoder) if path is not None]
 
 
 def read(origin: Origin | Path | str, *, progress: Progress = silent) -> Checkpoint:
     """Read a checkpoint and the one that refines what it draws, if any; ``stages`` finds whether they fit."""
     origin = Origin.of(origin)
     base = checkpoints.read(
-        Path(origin.path), config=origin.config, loras=origin.loras, clip_skip=origin.clip_skip, progress=progress
-    )
+        Path(origin.path), config=origin.config, prior=origin.prior, loras=origin.loras, clip_skip=origin.clip_skip,
+        progress=progress,
+    )  # fmt: skip
     second = checkpoints.read(Path(origin.refiner), progress=progress) if origin.refiner is not None else None
     base, *others = (
         replace(part, scheduler=samplers.choose(part.scheduler, origin.sampler))
         for part in (base, second)
         if part is not None
     )
-    return replace(base, refiner=next(iter(others), None), steps=origin.steps, guidance=origin.guidance)
+    base = replace(base, refiner=next(iter(others), None), steps=origin.steps, guidance=origin.guidance)
+    if origin.decoder is not None:
+        base = checkpoints.add(base, consistency.COMPONENT, Path(origin.decoder), consistency.CLASS)
+        consistency.check(base)
+    return base
 
 
 def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
-    """The graphs of a checkpoint by name, its refiner's among them; what lies between the two is left out."""
+    """The graphs of a checkpoint by name, those of its refiner and of a consistency decoder among them.
+
+    What lies between two of them is left out.
+    """
+    made = _specs(checkpoint, shape)
+    if consistency.component(checkpoint) is None:
+        return made
+    unused = _stages(checkpoint, shape)[-1].decoder
+    return {name: spec for name, spec in made.items() if name != unused} | consistency.specs(checkpoint, shape)
+
+
+def _specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
     own = checkpoint.family.specs(checkpoint, shape)
     if checkpoint.refiner is None:
         return own
@@ -92,7 +113,12 @@ def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
 
     Raises DexportError for two checkpoints of which one cannot go on with what the other made.
     """
-    return tuple(_with_defaults(stage, checkpoint) for stage in _stages(checkpoint, shape))
+    every = _stages(checkpoint, shape)
+    if consistency.component(checkpoint) is not None:
+        every = consistency.stages(checkpoint, shape, every)
+    asked = cascade.main(every)
+    several = asked != cascade.ways(every)[0]
+    return tuple(_with_defaults(stage, checkpoint, several) if stage in asked else stage for stage in every)
 
 
 def _stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
@@ -120,14 +146,15 @@ def _stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
     )
 
 
-def _with_defaults(stage: Stage, asked: Checkpoint) -> Stage:
+def _with_defaults(stage: Stage, asked: Checkpoint, several: bool) -> Stage:
     if asked.steps is not None:
         stage = replace(stage, steps=asked.steps)
     if asked.guidance is None:
         return stage
     if stage.guidance.kind == "none" and asked.guidance > 1:
         raise DexportError("this model was made to draw without guidance; leave --guidance out")
-    kind = "none" if stage.guidance.kind == "cfg" and asked.guidance <= 1 else stage.guidance.kind
+    # Of several ways that start from noise the main one is known by its guidance, and stays the main one.
+    kind = "none" if stage.guidance.kind == "cfg" and asked.guidance <= 1 and not several else stage.guidance.kind
     return replace(stage, guidance=replace(stage.guidance, kind=kind, scale=float(asked.guidance)))
 
 
@@ -145,8 +172,10 @@ def token_inputs(checkpoint: Checkpoint) -> dict[str, tuple[Path, str, int]]:
         if part is None:
             continue
         for name, (input_, length) in part.family.token_inputs(part).items():
-            # "tokenizer_2_refiner": a bundle's folder of a tokenizer begins with that word
-            found[f"{name}{ending}"] = (part.tokenizers[name], f"{prefix}{input_}", length)
+            # "tokenizer_2_refiner", "tokenizer_prior": a bundle's folder of a tokenizer begins with that word
+            whose, _, number = name.partition("tokenizer")
+            place = f"tokenizer{number}{f'_{whose}'.rstrip('_')}{ending}"
+            found[place] = (part.tokenizers[name], f"{prefix}{input_}", length)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,24 +26,32 @@ def load(checkpoint: Checkpoint, graph: str) -> torch.nn.Module:
     if graph not in specs:
         raise DexportError(f"no graph {graph!r}; there are {', '.join(specs)}")
     modules = trace.build(specs[graph])
-    entries = bind(ensemble.owner(checkpoint, graph), parameter_shapes(modules))
-    for path, module in modules.named_modules():
-        own = {name: entries[f"{path}.{name}"] for name, value in module._parameters.items() if value is not None}
-        if own:
-            _lend(module, own)
+    lend(modules, bind(ensemble.owner(checkpoint, graph), parameter_shapes(modules)))
     return modules
 
 
-def _lend(module: torch.nn.Module, entries: dict[str, Stored]) -> None:
-    """Give ``module`` its own parameters' values for the time of each call."""
+def lend(modules: torch.nn.Module, entries: Mapping[str, Stored]) -> None:
+    """Give each layer its weights, by parameter name in ``entries``, for the time of each call.
+
+    What a module with layers in it has beside them may be asked for from outside of its call, so it is there for that
+    of all ``modules``.
+    """
+    for path, module in modules.named_modules():
+        own = {name: entries[f"{path}.{name}"] for name, value in module._parameters.items() if value is not None}
+        if own:
+            _lend(module, own, modules if any(module.children()) else module)
+
+
+def _lend(module: torch.nn.Module, entries: dict[str, Stored], called: torch.nn.Module) -> None:
+    """Give ``module`` its own parameters' values for the time of each call of ``called``."""
     empty = {name: module._parameters[name] for name in entries}
 
-    def fill(module: torch.nn.Module, inputs: Any) -> None:
+    def fill(_: torch.nn.Module, inputs: Any) -> None:
         for name, entry in entries.items():
             module._parameters[name] = torch.nn.Parameter(torch.from_numpy(widen(entry)), requires_grad=False)
 
-    def drop(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+    def drop(_: torch.nn.Module, inputs: Any, output: Any) -> None:
         module._parameters.update(empty)
 
-    module.register_forward_pre_hook(fill)
-    module.register_forward_hook(drop, always_call=True)
+    called.register_forward_pre_hook(fill)
+    called.register_forward_hook(drop, always_call=True)

@@ -85,7 +85,7 @@ class Stage:
     text: str | None
     decoder: str | None
     encoder: str | None
-    sample: tuple[int, ...]  # default shape of the loop's sample, without batch: [C, h, w]
+    sample: tuple[int, ...]  # default shape of the loop's sample, without batch: [C, h, w], or [D] of an embedding
     factor: int  # pixels of the image for each element of the sample, along height and width
     scheduler: Mapping[str, Any]  # the checkpoint's scheduler_config.json, "_class_name" included
     guidance: Guidance
@@ -97,6 +97,9 @@ class Stage:
     strength: float | None = None  # of a model that only reworks pictures: how much, if nothing is asked for
     labels: Labels | None = None  # of a denoiser with classes
     multiple: int = 1  # what height and width of a sample of another size must be multiples of
+    # The input of later denoisers that its result is: its last sample, or what its decoder makes of it. The stages
+    # after it start from noise of their own, with samples of another shape.
+    gives: str | None = None
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ PIPELINES = {
     "DDIMPipeline": "pixel",
     "DDPMPipeline": "pixel",
     "DiTPipeline": "dit",
+    "KandinskyV22CombinedPipeline": "kandinsky",
     "LDMPipeline": "latent_diffusion",
     "LDMSuperResolutionPipeline": "latent_diffusion",
     "LatentConsistencyModelPipeline": "stable_diffusion",
@@ -30,6 +31,7 @@ PIPELINES = {
     "StableDiffusionPipeline": "stable_diffusion",
     "StableDiffusionXLImg2ImgPipeline": "stable_diffusion_xl",
     "StableDiffusionXLPipeline": "stable_diffusion_xl",
+    "UnCLIPPipeline": "unclip",
 }
 """The allow-list: diffusers' pipeline class to the family's file."""
 
@@ -82,6 +84,11 @@ class Family(Protocol):
 
     def token_inputs(self, checkpoint: Checkpoint) -> Mapping[str, tuple[str, int]]:
         """For each tokenizer component: the text graph's input that its tokens go to, and how many that takes."""
+
+
+def schedulers(family: Family) -> tuple[str, ...]:
+    """The components of a family's pipelines that are schedulers, that of the main stage first."""
+    return getattr(family, "SCHEDULERS", ("scheduler",))
 
 
 def find(pipeline: str) -> Family:

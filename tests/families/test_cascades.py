@@ -1,0 +1,114 @@
+"""Pipelines with several ways out of noise: what their bundles draw is what diffusers' own draw from the same noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from exporter import compile as compilers
+from exporter import hub
+from exporter.inspect import inspect
+from runtimes import cascade
+from runtimes.accuracy import psnr
+from runtimes.bench import bench
+from runtimes.bundle import verify
+from runtimes.pipeline import Request
+from runtimes.session import backend
+from runtimes.target import Target
+from tests.families.harness import Array, Built, build_all, ours, theirs
+from tests.families.small_cascades import decoded, kandinsky, unclip
+
+DIFFERENCE = 1e-3  # of a pixel in [0, 1]; both sides round what goes into each call of a model to float32
+PICTURES = 45.0  # dB
+PROMPTS = ("red apple", "a")
+
+
+@dataclass(frozen=True)
+class Cascade:
+    """``make`` writes the checkpoint into a folder; ``asked``: for ``Request``, ``words``: the same for diffusers."""
+
+    name: str
+    make: Callable[[Path], Any]
+    asked: Mapping[str, Any]
+    words: Mapping[str, Any]
+    beside: Mapping[str, str] = field(default_factory=dict)  # for ``Origin``: folders that ``make`` writes beside it
+
+
+CASCADES = [
+    Cascade(
+        "kandinsky", kandinsky,
+        {"steps": {"prior": 3, "decoder": 4}, "guidance": {"prior": 2.0, "decoder": 3.0}},
+        {
+            "prior_num_inference_steps": 3, "num_inference_steps": 4, "prior_guidance_scale": 2.0,
+            "guidance_scale": 3.0, "height": 16, "width": 16,
+        },
+    ),
+    Cascade(
+        "unclip", unclip,
+        {"steps": {"prior": 3, "decoder": 4, "superresolution": 3}, "guidance": {"prior": 2.0, "decoder": 3.0}},
+        {
+            "prior_num_inference_steps": 3, "decoder_num_inference_steps": 4, "super_res_num_inference_steps": 3,
+            "prior_guidance_scale": 2.0, "decoder_guidance_scale": 3.0,
+        },
+    ),
+    Cascade(
+        "consistency", decoded, {"steps": 3, "guidance": 6.0}, {"num_inference_steps": 3, "guidance_scale": 6.0},
+        {"decoder": "decoder"},
+    ),
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Made:
+    """The bundles of a cascade, and what diffusers draws."""
+
+    cascade: Cascade
+    built: Built
+    pictures: Array
+
+
+@pytest.fixture(scope="module", params=CASCADES, ids=lambda one: one.name)
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    one: Cascade = request.param
+    folder = tmp_path_factory.mktemp(one.name)
+    pipe = one.make(folder / "checkpoint")
+    pictures = theirs(pipe, prompt=list(PROMPTS), **one.words)
+    said = {name: folder / place for name, place in one.beside.items()}
+    return Made(one, build_all(folder / "checkpoint", folder, **said), pictures)
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_bundle_draws_what_diffusers_draws(made: Made, name: str) -> None:
+    pictures = ours(made.built.pipeline(name), Request(PROMPTS, **made.cascade.asked))
+    assert np.abs(pictures - made.pictures).max() <= DIFFERENCE
+    assert psnr(made.pictures, pictures) >= PICTURES
+    assert np.std(made.pictures) > 0.01 and np.std(pictures[0] - pictures[-1]) > 0.01  # else anything would agree
+
+
+def test_bundle_proves_itself(made: Made) -> None:
+    """Golden outputs of every graph; and it is timed and described."""
+    folder = made.built.bundles["onnxruntime"]
+    checks, found = verify(folder), inspect(folder)
+    assert all(check.passed for check in checks)
+    assert {check.graph for check in checks} == set(found["graphs"]) == set(bench(folder, repeats=1)["graphs"])
+    model = hub.load(made.built.hub)
+    assert set(found["stages"]) == {stage.name for stage in model.stages}
+    assert len(cascade.ways(model.stages)) > 1
+
+
+def test_engines_of_the_denoisers_are_built(made: Made, tmp_path: Path) -> None:
+    if backend("tensorrt").version() is None:
+        pytest.skip("TensorRT is not installed")
+    model = hub.load(made.built.hub)
+    for stage in model.stages:
+        graph = model.graphs[stage.denoiser]
+        (tmp_path / stage.denoiser).mkdir()
+        built = compilers.compile_graph(
+            made.built.hub / graph.file, graph, tmp_path / stage.denoiser, Target.parse("tensorrt:sm89"), "fp32"
+        )
+        assert (tmp_path / built.file).stat().st_size > 10_000
