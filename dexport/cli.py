@@ -9,7 +9,7 @@ import click
 
 import dexport
 from dexport import console, tables
-from dexport.group import FAILED_GATE, Face, Numbers, SamplerName, Shape, TargetName
+from dexport.group import FAILED_GATE, ByStage, Face, Numbers, SamplerName, Shape, TargetName
 from dexport.options import (
     FOLDER,
     calibration_steps_option,
@@ -211,11 +211,14 @@ def compile_(
 )
 @click.option("--negative-prompt", default="", help="What not to draw.")
 @click.option("--class", "labels", multiple=True, help="Class of a model that has some: name or number. Likewise.")
-@click.option("--steps", type=click.IntRange(1), help="Steps of the sampler.")
 @click.option(
-    "--guidance", type=Numbers(),
+    "--steps", type=ByStage(click.IntRange(1)), multiple=True, callback=ByStage.together,
+    help="Steps of the sampler; prior=10 is of another stage than the main one, where a model has several.",
+)  # fmt: skip
+@click.option(
+    "--guidance", type=ByStage(Numbers()), multiple=True, callback=ByStage.together,
     help="How strongly the prompt steers; 1 is not at all, and twice as fast. Several, like 9,5,1, are spread over the "
-    "steps.",
+    "steps. By stage as the steps.",
 )  # fmt: skip
 @click.option(
     "--guidance-interval",

@@ -8,13 +8,16 @@ way end in a stage that ``gives`` something.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import lcm
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runtimes.errors import DexportError
 from runtimes.manifest import Graph, Model, Stage
 from runtimes.session import Array
+
+if TYPE_CHECKING:
+    from runtimes.pipeline import Request
 
 Way = tuple[Stage, ...]
 NEGATIVE = "negative_"  # before the name of what is given, in a decoder's outputs: of the call with the negative prompt
@@ -84,10 +87,22 @@ def seeds(first: int, count: int, index: int) -> list[int]:
     return [first + place + index * APART for place in range(count)]
 
 
-def given(stage: Stage, outputs: Mapping[str, Array]) -> dict[str, Given]:
-    """What a stage gives, from the outputs of its decoder, or of its loop by the name that it is given under."""
-    name = str(stage.gives)
-    return {name: Given(outputs[name], outputs.get(NEGATIVE + name, outputs[name]))}
+def requests(request: Request, way: Way) -> list[Request]:
+    """What a way draws: the request, and where it gives that too, the negative prompt as if it were the prompt."""
+    if not way[-1].gives_negative or not request.negative_prompt:
+        return [request]
+    unguided = {way[0].name: 1.0}
+    return [request, replace(request, prompts=[request.negative_prompt] * len(request.prompts), guidance=unguided)]
+
+
+def given(stage: Stage, results: Sequence[Mapping[str, Array]]) -> dict[str, Given]:
+    """What a stage gives, if it does, from what its decoder makes of each of ``requests``, by name."""
+    name = stage.gives
+    if name is None:
+        return {}
+    outputs, *negative = results
+    without = negative[0][name] if negative else outputs.get(NEGATIVE + name, outputs[name])
+    return {name: Given(outputs[name], without)}
 
 
 def conditioning(denoiser: Graph, made: Mapping[str, Given], *, without: bool) -> dict[str, Array]:

@@ -228,6 +228,8 @@ def _check_given(model: Model, where: str) -> None:
     """What a way ends with must be an input of a denoiser after it; the last one ends with the picture."""
     every = cascade.ways(model.stages)
     names = [way[0].name for way in every]
+    if any(stage.gives_negative and (stage.gives is None or stage.text is None) for stage in model.stages):
+        raise DexportError(f"{where}: gives_negative is for a stage that gives what it makes of a prompt")
     if model.stages[-1].gives is not None:
         raise _wrong(where, "the last stage's gives", model.stages[-1].gives, "null, since it draws the picture")
     if len(set(names)) != len(names):

@@ -100,6 +100,8 @@ class Stage:
     # The input of later denoisers that its result is: its last sample, or what its decoder makes of it. The stages
     # after it start from noise of their own, with samples of another shape.
     gives: str | None = None
+    # With a negative prompt it draws what that gives too, for the calls with it.
+    gives_negative: bool = False
 
 
 @dataclass(frozen=True)

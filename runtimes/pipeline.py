@@ -137,19 +137,22 @@ class Pipeline:
         """
         request = self._checked(request)
         ways, count = cascade.ways(self.model.stages), subject.count(request)
-        runs = [self._runs(request, way) for way in ways]
+        requests = [cascade.requests(request, way) for way in ways]
+        runs = [[self._runs(one, way) for one in each] for way, each in zip(ways, requests, strict=True)]
         sources = [noise] if callable(noise) else noise
-        done, total = 0, sum(len(table.rows) for run in runs for _, table in run)
+        done, total = 0, sum(len(table.rows) for each in runs for run in each for _, table in run)
         given: dict[str, cascade.Given] = {}
-        for index, (way, run) in enumerate(zip(ways, runs, strict=True)):
-            shape = self.sample_shape(request, way[0])
+        for index, way in enumerate(ways):
+            shape, results = self.sample_shape(request, way[0]), []
             seeds = cascade.seeds(request.seed, count, index)
             draw = sources[index] if sources else loop.noise_source(seeds, shape)
-            for step in self._draw(request, run, (count, *shape), draw, given):
-                yield replace(step, index=done, total=total)
-                done += 1
-            if way[-1].gives is not None:
-                given |= cascade.given(way[-1], self._made(way[-1], step.sample))
+            for one, run in zip(requests[index], runs[index], strict=True):
+                for step in self._draw(one, run, (count, *shape), draw, given):
+                    yield replace(step, index=done, total=total)
+                    done += 1
+                if way[-1].gives is not None:
+                    results.append(self._made(way[-1], step.sample))
+            given |= cascade.given(way[-1], results)
 
     def _draw(
         self, request: Request, runs: list[tuple[Stage, samplers.Table]], shape: tuple[int, ...],

@@ -7,6 +7,7 @@ https://arxiv.org/abs/2310.03502; the prior is that of Ramesh et al., "unCLIP" (
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from exporter.families import TOKENIZERS, Shape, Spec, parts, prior, unet2d
@@ -111,7 +112,10 @@ def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
     drawn = _canvas(checkpoint, shape)
     sample = (drawn.channels, shape.height // drawn.factor, shape.width // drawn.factor)
     return (
-        PRIOR.stage(checkpoint, "embedding", checkpoint.schedulers["prior_scheduler"], PRIOR_GUIDANCE, PRIOR_STEPS),
+        replace(
+            PRIOR.stage(checkpoint, "embedding", checkpoint.schedulers["prior_scheduler"], PRIOR_GUIDANCE, PRIOR_STEPS),
+            gives_negative=True,
+        ),
         Stage(
             "decoder", "denoiser", None, "decoder", "encoder", sample, drawn.factor, checkpoint.scheduler,
             Guidance("cfg", GUIDANCE), STEPS, multiple=drawn.factor,

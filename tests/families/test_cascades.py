@@ -20,7 +20,7 @@ from runtimes.bundle import verify
 from runtimes.pipeline import Request
 from runtimes.session import backend
 from runtimes.target import Target
-from tests.families.harness import Array, Built, build_all, ours, theirs
+from tests.families.harness import Array, Built, build_all, draws, ours, theirs
 from tests.families.small_cascades import decoded, kandinsky, unclip
 
 DIFFERENCE = 1e-3  # of a pixel in [0, 1]; both sides round what goes into each call of a model to float32
@@ -69,6 +69,7 @@ class Made:
 
     cascade: Cascade
     built: Built
+    pipe: Any
     pictures: Array
 
 
@@ -79,7 +80,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     pipe = one.make(folder / "checkpoint")
     pictures = theirs(pipe, prompt=list(PROMPTS), **one.words)
     said = {name: folder / place for name, place in one.beside.items()}
-    return Made(one, build_all(folder / "checkpoint", folder, **said), pictures)
+    return Made(one, build_all(folder / "checkpoint", folder, **said), pipe, pictures)
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
@@ -88,6 +89,23 @@ def test_bundle_draws_what_diffusers_draws(made: Made, name: str) -> None:
     assert np.abs(pictures - made.pictures).max() <= DIFFERENCE
     assert psnr(made.pictures, pictures) >= PICTURES
     assert np.std(made.pictures) > 0.01 and np.std(pictures[0] - pictures[-1]) > 0.01  # else anything would agree
+
+
+def test_negative_prompt_is_what_diffusers_makes_of_it(made: Made) -> None:
+    """Kandinsky's prior draws it too: of each draw of diffusers' the second half is the negative prompt's."""
+    if made.cascade.name != "kandinsky":
+        pytest.skip("its prior does not draw the negative prompt")
+    negative = ["green table"] * len(PROMPTS)
+    expected = theirs(made.pipe, prompt=list(PROMPTS), negative_prompt=negative, **made.cascade.words)
+    pipeline, steps = made.built.pipeline("onnxruntime"), made.cascade.asked["steps"]["prior"]
+    (first, second), count = (pipeline.sample_shape(Request(), stage) for stage in pipeline.model.stages), len(PROMPTS)
+    both = draws((2 * count, *first))
+    halves = list(zip(*(np.split(both(), 2) for _ in range(steps)), strict=True))
+    own = iter([*halves[0], *halves[1]])
+    request = Request(PROMPTS, negative_prompt=negative[0], **made.cascade.asked)
+    *_, last = pipeline.generate(request, [lambda: next(own), draws((count, *second))])
+    assert np.abs(pipeline.decode(last.sample) - expected).max() <= DIFFERENCE
+    assert np.abs(expected - made.pictures).max() > 0.01
 
 
 def test_bundle_proves_itself(made: Made) -> None:

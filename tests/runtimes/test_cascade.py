@@ -90,6 +90,23 @@ def test_result_of_a_way_is_an_input_of_the_next(tmp_path: Path) -> None:
     assert (given[0] != given[1]).all()
 
 
+def test_negative_prompt_is_drawn_where_its_result_is_given(tmp_path: Path) -> None:
+    """By the prior unguided, after the pictures' own, with noise of its own."""
+    made, sessions = pipeline(model(gives_negative=True), tmp_path)
+    steps = list(made.generate(Request(["red", "green apple"], negative_prompt="table", seed=3)))
+    assert [step.total for step in steps] == [3 + 3 + 5] * 11
+    alone, _ = pipeline(model(guidance=Guidance("cfg", 1.0)), tmp_path / "alone")
+    draw = noise_source([3, 4], (5,))
+    draw()
+    sources = [draw, noise_source([0, 0], (4, 8, 8))]
+    *_, last = list(alone.generate(Request(["table"] * 2, steps=1), sources))[:3]
+    for call in sessions["denoiser"].calls:
+        given = [2 * one.sample.astype(np.float32) + 1 for one in (last, steps[2])]
+        np.testing.assert_array_equal(call["embeds"], np.concatenate(given))
+    calls = [len(call["sample"]) for call in sessions["prior"].calls]
+    assert calls == [4] * 3 + [2] * 3
+
+
 def test_each_way_has_noise_of_its_own(tmp_path: Path) -> None:
     """The decoder's does not depend on how many steps the prior makes, nor on the pictures beside."""
     made, sessions = pipeline(model(), tmp_path)
