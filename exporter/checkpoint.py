@@ -27,7 +27,10 @@ STEMS = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' nam
 VARIANTS = ("fp32", "bf16", "fp16")  # where there is no plain file: the most exact one first
 # A component of another library is code that comes with the checkpoint; the last ones are modules of diffusers.
 LIBRARIES = ("diffusers", "transformers", "unclip")
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES = (
+    "tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model", "added_tokens.json",
+    "tokenizer_config.json", "special_tokens_map.json",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,18 @@ class Component:
 
 
 @dataclass(frozen=True)
+class TokenizerFiles:
+    """A tokenizer of a pipeline: its class, and the folder of its files."""
+
+    class_name: str
+    path: Path
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint that was read and checked.
 
-    ``path`` is the folder or file, for messages. ``tokenizers`` are folders by component; ``files`` those that an
+    ``path`` is the folder or file, for messages. ``tokenizers`` are by component; ``files`` those that an
     export depends on, by the path that a manifest gives them; ``adapters`` what is merged into the weights. ``index``:
     what model_index.json says, of which only what is not asked for here has further use. ``scheduler`` is that of the
     main stage; ``schedulers`` are all by component, where a family has several. ``refiner``: what goes on with
@@ -59,7 +70,7 @@ class Checkpoint:
     pipeline: str
     components: Mapping[str, Component]
     scheduler: Mapping[str, Any]
-    tokenizers: Mapping[str, Path]
+    tokenizers: Mapping[str, TokenizerFiles]
     files: Mapping[str, Path]
     adapters: tuple[Adapter, ...] = ()
     schedulers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -118,7 +129,7 @@ def read(
             known = " or ".join(filter(None, allowed))
             raise DexportError(f"{folder}: {name} is a {classes[name]}; a {pipeline} is exported with {known}")
         if classes[name] in families.TOKENIZERS:
-            tokenizers[name] = place / name
+            tokenizers[name] = TokenizerFiles(classes[name], place / name)
             used |= {f"{name}/{file}" for file in TOKENIZER_FILES if (place / name / file).is_file()}
         else:
             configs[name] = _read_json(place / name / "config.json")

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from exporter import checkpoint as checkpoints
 from exporter import consistency
-from exporter.checkpoint import Checkpoint
-from exporter.families import Shape, Spec
+from exporter.checkpoint import Checkpoint, TokenizerFiles
+from exporter.families import Shape, Spec, Tokens
 from runtimes import cascade, samplers, subject
 from runtimes.errors import DexportError, Progress, silent
 from runtimes.manifest import File, Stage
@@ -165,17 +165,17 @@ def owner(checkpoint: Checkpoint, graph: str) -> Checkpoint:
     return checkpoint
 
 
-def token_inputs(checkpoint: Checkpoint) -> dict[str, tuple[Path, str, int]]:
-    """The tokenizers by their folder in a bundle: folder in the checkpoint, input of the text graph, and length."""
+def token_inputs(checkpoint: Checkpoint) -> dict[str, tuple[TokenizerFiles, Tokens]]:
+    """The tokenizers by their folder in a bundle: where they are in the checkpoint, and what the text graph takes."""
     found = {}
     for part, prefix, ending in ((checkpoint, "", ""), (checkpoint.refiner, PREFIX, "_refiner")):
         if part is None:
             continue
-        for name, (input_, length) in part.family.token_inputs(part).items():
+        for name, tokens in part.family.token_inputs(part).items():
             # "tokenizer_2_refiner", "tokenizer_prior": a bundle's folder of a tokenizer begins with that word
             whose, _, number = name.partition("tokenizer")
             place = f"tokenizer{number}{f'_{whose}'.rstrip('_')}{ending}"
-            found[place] = (part.tokenizers[name], f"{prefix}{input_}", length)
+            found[place] = (part.tokenizers[name], replace(tokens, input=f"{prefix}{tokens.input}"))
     return found
 
 

@@ -126,9 +126,11 @@ def _export_graph(source: Checkpoint, name: str, spec: Spec, folder: Path, progr
 
 def _write_tokenizers(source: Checkpoint, folder: Path) -> tuple[Tokenizer, ...]:
     made = []
-    for name, (place, input_, length) in ensemble.token_inputs(source).items():
+    for name, (files, tokens) in ensemble.token_inputs(source).items():
         file = f"{name}/tokenizer.json"
-        made.append(Tokenizer(file, input_, length, tokenizers.write(place, folder / file)))
+        pad, side = tokenizers.write(files.path, files.class_name, folder / file)
+        said = (tokens.template, tokens.negative, tokens.lower, tokens.side or side)
+        made.append(Tokenizer(file, tokens.input, tokens.length, pad, *said))
     return tuple(made)
 
 

@@ -3,23 +3,70 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from exporter.families import CLIP_TOKENIZERS
 from exporter.single_file import CONFIGS
 from runtimes import strict_json
 from runtimes.errors import DexportError
 
 END = "<|endoftext|>"
 START = "<|startoftext|>"
+VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
+Side = Literal["right", "left"]
 DEFAULTS = {"bos_token": START, "eos_token": END, "pad_token": END}  # CLIPTokenizer's
 
 
-def write(folder: Path, output: Path) -> int:
-    """Write ``output`` (tokenizer.json) from a CLIP tokenizer's folder and return the id that it pads with.
+def write(folder: Path, class_name: str, output: Path) -> tuple[int, Side]:
+    """Write ``output`` (tokenizer.json) from a tokenizer's folder; return the id that it pads with, and on which side.
 
-    The folder has a tokenizer.json, or vocab.json and merges.txt; dexport's own configurations leave both to CLIP's
-    vocabulary, which lies beside them. What is written puts the start and end marks around
-    a text, and neither pads nor cuts it: the pipeline does, and says what it cut.
+    class_name: of transformers, one of ``exporter.families.TOKENIZERS``. What is written puts the tokenizer's marks
+    around a text, and neither pads nor cuts it: the pipeline does, and says what it cut. Raises DexportError for files
+    that are missing or damaged.
+    """
+    clip = class_name in CLIP_TOKENIZERS
+    tokenizer, pad, side = _clip(folder) if clip else _from_transformers(folder, class_name)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
+    return pad, side
+
+
+def _from_transformers(folder: Path, class_name: str) -> tuple[Any, int, Side]:
+    """A tokenizer as transformers reads it: a tokenizer.json, a vocabulary with merges, or a model of SentencePiece."""
+    import transformers
+
+    from exporter.trace import quiet
+
+    _read_options(folder)  # says which file is no JSON
+    if not any((folder / name).is_file() for name in VOCABULARIES):
+        raise DexportError(
+            f"{folder}: none of {', '.join(VOCABULARIES)} is there; copy or download the tokenizer again"
+        )
+    try:
+        with quiet():
+            found = getattr(transformers, class_name).from_pretrained(str(folder), local_files_only=True)
+        pad, side = found.pad_token_id, found.padding_side
+    except Exception as error:  # each class fails in its own way over a file that is damaged
+        raise DexportError(
+            f"{folder}: {class_name} cannot read it ({_line(error)}); copy or download it again"
+        ) from error
+    if pad is None:
+        raise DexportError(f"{folder}: its tokenizer_config.json names no pad_token")
+    return found.backend_tokenizer, int(pad), "left" if side == "left" else "right"
+
+
+def _line(error: Exception) -> str:
+    """The first line of what a package says; transformers takes what is no SentencePiece model for one of tiktoken."""
+    said = next(iter(str(error).splitlines()), "")[:200]
+    return f"{type(error).__name__}: {said}" if "tiktoken" not in said else "it is no model of SentencePiece"
+
+
+def _clip(folder: Path) -> tuple[Any, int, Side]:
+    """A CLIP tokenizer of a tokenizer.json, or of vocab.json and merges.txt; with the marks that CLIP was trained with.
+
+    dexport's own configurations leave both to CLIP's vocabulary, which lies beside them.
     """
     from tokenizers import Tokenizer
     from tokenizers.processors import TemplateProcessing
@@ -47,17 +94,13 @@ def write(folder: Path, output: Path) -> int:
         if number is None:
             raise DexportError(f"{folder}: the token {token!r} is not in the vocabulary")
         ids[token] = number
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
     try:
         tokenizer.post_processor = TemplateProcessing(
             single=[start, "$A", end], special_tokens=[(start, ids[start]), (end, ids[end])]
         )
     except Exception as error:  # as above
         raise DexportError(f"{folder}: {start!r} and {end!r} cannot mark a text ({error})") from error
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
-    return ids[pad]
+    return tokenizer, ids[pad], "right"
 
 
 def _merges(file: Path) -> list[tuple[str, ...]]:

@@ -15,7 +15,7 @@ from pathlib import PurePosixPath
 from runtimes import cascade, conditioning, subject
 from runtimes.accuracy import BANDS
 from runtimes.errors import DexportError, IntegrityError
-from runtimes.manifest import Graph, Kind, Manifest, Model, Stage, Tensor, Tokenizer
+from runtimes.manifest import PROMPT, Graph, Kind, Manifest, Model, Stage, Tensor, Tokenizer
 from runtimes.samplers import compile_table
 from runtimes.target import Target
 
@@ -136,6 +136,9 @@ def _check_tokenizers(model: Model, where: str) -> None:
             raise _wrong(where, "a tokenizer's length", tokenizer.length, f"1 to {SIDE}")
         if not 0 <= tokenizer.pad < 2**31:
             raise _wrong(where, "a tokenizer's pad", tokenizer.pad, "0 to 2147483647")
+        for template in (tokenizer.template, tokenizer.negative):
+            if template is not None and template.count(PROMPT) != 1:
+                raise _wrong(where, "a tokenizer's template", template, f"a text with one {PROMPT}")
     texts = [graph for graph in model.graphs.values() if graph.kind == "text"]
     for graph in texts:
         _check_text(graph, model.tokenizers, where)

@@ -18,6 +18,7 @@ from runtimes.errors import DexportError
 
 Kind = Literal["text", "denoiser", "decoder", "encoder"]
 T = TypeVar("T")
+PROMPT = "{}"  # stands for the prompt in a template
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,20 @@ class Graph:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer file, the number of tokens that the text graph takes, and the id that fills the rest."""
+    """A tokenizer file, the number of tokens that the text graph takes, and the id that fills the rest.
+
+    A prompt is put where ``template`` holds PROMPT; a negative prompt likewise in ``negative``, None for the same one.
+    lower: before that, it is stripped and made lower case. side: where the ids that fill up stand.
+    """
 
     file: str
     input: str  # the text graph's input that these tokens go to
     length: int
     pad: int
+    template: str = PROMPT
+    negative: str | None = None
+    lower: bool = False
+    side: Literal["right", "left"] = "right"
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ class Pipeline:
             warnings.append("this model takes no negative prompt: it was left out")
         if request.prompts:
             for name, prompts in (("prompt", request.prompts), ("negative prompt", [request.negative_prompt])):
-                _, cut = self.tokenize(prompts)
+                _, cut = self.tokenize(prompts, negative=name != "prompt")
                 warnings += [
                     f"the {name} is longer than the model's context: {_short(w)} was cut off" for w in cut if w
                 ]
@@ -211,21 +211,23 @@ class Pipeline:
             for stage, table in zip(stages, tables, strict=True)
         ]
 
-    def tokenize(self, prompts: Sequence[str]) -> tuple[dict[str, Array], list[str]]:
-        """Return the text graph's inputs, and for each prompt the words that did not fit."""
+    def tokenize(self, prompts: Sequence[str], *, negative: bool = False) -> tuple[dict[str, Array], list[str]]:
+        """Return the text graph's inputs, and for each prompt (or negative prompt) the words that fitted into none."""
         tokens: dict[str, Array] = {}
-        cut = [""] * len(prompts)
+        cuts = []
         for index, spec in enumerate(self.model.tokenizers):
-            tokens[spec.input], rest = self._tokenizers(index)(prompts)
-            cut = [old or new for old, new in zip(cut, rest, strict=True)]
-        return tokens, cut
+            tokens[spec.input], cut = self._tokenizers(index)(prompts, negative=negative)
+            cuts.append(cut)
+        return tokens, [min(rests, key=len) for rests in zip(*cuts, strict=True)]
 
-    def encode_text(self, prompts: Sequence[str], stage: Stage | None = None) -> dict[str, Array]:
+    def encode_text(
+        self, prompts: Sequence[str], stage: Stage | None = None, *, negative: bool = False
+    ) -> dict[str, Array]:
         """Return a stage's (by default the first one's) conditioning tensors of the prompts, with one row a prompt."""
         name = (stage or self.model.stages[0]).text
         if name is None:
             return {}
-        tokens, _ = self.tokenize(prompts)
+        tokens, _ = self.tokenize(prompts, negative=negative)
         return run_batched(self._open(name), {t.name: tokens[t.name] for t in self.model.graphs[name].inputs})
 
     def decode(self, sample: Array, request: Request | None = None) -> Array:
@@ -391,7 +393,7 @@ class Pipeline:
             outputs = self.model.graphs[stage.text].outputs
             return {t.name: np.zeros((count, *map(int, t.shape[1:])), t.dtype) for t in outputs}
         prompts = [request.negative_prompt] if without else request.prompts
-        rows = self.encode_text(prompts, stage)
+        rows = self.encode_text(prompts, stage, negative=without)
         return {name: np.repeat(value, count // len(prompts), axis=0) for name, value in rows.items()}
 
     def _settings(self, request: Request, index: int) -> dict[str, Any]:

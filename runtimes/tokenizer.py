@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtimes.errors import DexportError
-from runtimes.manifest import Tokenizer
+from runtimes.manifest import PROMPT, Tokenizer
 
 
 class PromptTokenizer:
@@ -29,23 +30,34 @@ class PromptTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
 
-    def __call__(self, prompts: Sequence[str]) -> tuple[NDArray[np.int64], list[str]]:
+    def __call__(self, prompts: Sequence[str], *, negative: bool = False) -> tuple[NDArray[np.int64], list[str]]:
         """Return the ids, int64 [len(prompts), length], and for each prompt the words that did not fit ("" if all did).
 
-        A long prompt keeps its first tokens and the end mark, as the models were trained and diffusers does.
+        negative: with the template of negative prompts. A long text keeps its first tokens and the marks that the
+        tokenizer puts at its end, as diffusers does; so of a template's words those behind the prompt go first.
         """
-        length = self.spec.length
-        ids = np.full((len(prompts), length), self.spec.pad, np.int64)
+        template = self.spec.template if self.spec.negative is None or not negative else self.spec.negative
+        before, after = template.split(PROMPT)
+        ids = np.full((len(prompts), self.spec.length), self.spec.pad, np.int64)
         cut = []
         for row, prompt in enumerate(prompts):
             try:
-                encoding = self._tokenizer.encode(prompt)
-            except (TypeError, UnicodeEncodeError) as error:
+                own = prompt.strip().lower() if self.spec.lower else prompt
+                encoding = self._tokenizer.encode(before + own + after)
+            except (TypeError, AttributeError, UnicodeEncodeError) as error:
                 raise DexportError(f"the prompt {prompt!r} is not valid text") from error
-            tokens, rest = encoding.ids, ""
-            if len(tokens) > length:
-                rest = prompt[encoding.offsets[length - 1][0] :].strip()
-                tokens = [*tokens[: length - 1], tokens[-1]]
-            ids[row, : len(tokens)] = tokens
-            cut.append(rest)
+            tokens, end = _shortened(encoding, self.spec.length)
+            start = 0 if self.spec.side == "right" else self.spec.length - len(tokens)
+            ids[row, start : start + len(tokens)] = tokens
+            cut.append("" if end is None else own[max(end - len(before), 0) :].strip())
         return ids, cut
+
+
+def _shortened(encoding: Any, length: int) -> tuple[list[int], int | None]:
+    """The ids of a text, ``length`` at most, and where in the text they end; None where nothing was cut."""
+    tokens, marks = encoding.ids, encoding.special_tokens_mask  # 1 for what the tokenizer put around the text
+    if len(tokens) <= length:
+        return tokens, None
+    last = len(marks) - next((index for index, mark in enumerate(reversed(marks)) if not mark), len(marks))
+    kept = max(length - (len(tokens) - last), 0)
+    return [*tokens[:kept], *tokens[last:]][-length:], encoding.offsets[kept][0]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from runtimes.errors import DexportError
 from runtimes.manifest import Kind, Stage, Tensor
@@ -35,7 +35,13 @@ PIPELINES = {
 }
 """The allow-list: diffusers' pipeline class to the family's file."""
 
-TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+# Each kind of tokenizer by the classes of transformers that a checkpoint may name for it.
+CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+T5_TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast")
+GEMMA_TOKENIZERS = ("GemmaTokenizer", "GemmaTokenizerFast")
+LLAMA_TOKENIZERS = ("LlamaTokenizer", "LlamaTokenizerFast")
+QWEN_TOKENIZERS = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+TOKENIZERS = (*CLIP_TOKENIZERS, *T5_TOKENIZERS, *GEMMA_TOKENIZERS, *LLAMA_TOKENIZERS, *QWEN_TOKENIZERS)
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,23 @@ class Spec:
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     example: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Where a tokenizer's ids go: the text graph's input, and how many that takes.
+
+    What is done to a prompt before, as in the manifest's ``Tokenizer``: ``template`` holds "{}" where the prompt goes,
+    ``negative`` likewise for negative prompts, where theirs is another; ``lower`` strips the prompt and makes it lower
+    case. ``side``: where ids that fill up stand, None for the tokenizer's own side.
+    """
+
+    input: str
+    length: int
+    template: str = "{}"
+    negative: str | None = None
+    lower: bool = False
+    side: Literal["right", "left"] | None = "right"
 
 
 @dataclass(frozen=True)
@@ -82,8 +105,8 @@ class Family(Protocol):
     def stages(self, checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
         """The loops, with graphs named as in ``specs``."""
 
-    def token_inputs(self, checkpoint: Checkpoint) -> Mapping[str, tuple[str, int]]:
-        """For each tokenizer component: the text graph's input that its tokens go to, and how many that takes."""
+    def token_inputs(self, checkpoint: Checkpoint) -> Mapping[str, Tokens]:
+        """For each tokenizer component, what it gives to the text graph."""
 
 
 def schedulers(family: Family) -> tuple[str, ...]:

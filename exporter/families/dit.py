@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from exporter.families import Shape, Spec, parts
+from exporter.families import Shape, Spec, Tokens, parts
 from runtimes.errors import DexportError
 from runtimes.manifest import Guidance, Labels, Stage, Tensor
 
@@ -68,7 +68,7 @@ def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
     )  # fmt: skip
 
 
-def token_inputs(checkpoint: Checkpoint) -> Mapping[str, tuple[str, int]]:
+def token_inputs(checkpoint: Checkpoint) -> Mapping[str, Tokens]:
     """There is no text."""
     return {}
 

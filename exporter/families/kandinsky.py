@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from exporter.families import TOKENIZERS, Shape, Spec, parts, prior, unet2d
+from exporter.families import CLIP_TOKENIZERS, Shape, Spec, Tokens, parts, prior, unet2d
 from exporter.families.latent_diffusion import build_vq
 from runtimes.errors import DexportError
 from runtimes.manifest import Guidance, Stage, Tensor
@@ -23,7 +23,7 @@ COMPONENTS = {
     "prior_prior": ("PriorTransformer",),
     "prior_text_encoder": ("CLIPTextModelWithProjection",),
     "prior_image_encoder": ("CLIPVisionModelWithProjection",),
-    "prior_tokenizer": TOKENIZERS,
+    "prior_tokenizer": CLIP_TOKENIZERS,
     "unet": ("UNet2DConditionModel",),
     "movq": ("VQModel",),
 }
@@ -123,7 +123,7 @@ def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
     )  # fmt: skip
 
 
-def token_inputs(checkpoint: Checkpoint) -> Mapping[str, tuple[str, int]]:
+def token_inputs(checkpoint: Checkpoint) -> Mapping[str, Tokens]:
     """The prior's tokenizer's ids go to ``tokens``."""
     return {"prior_tokenizer": PRIOR.tokens(checkpoint)}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from exporter.families import Shape, Spec, parts, unet2d
+from exporter.families import Shape, Spec, Tokens, parts, unet2d
 from runtimes.errors import DexportError
 from runtimes.manifest import Guidance, Stage, Tensor
 
@@ -75,7 +75,7 @@ def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
     )  # fmt: skip
 
 
-def token_inputs(checkpoint: Checkpoint) -> Mapping[str, tuple[str, int]]:
+def token_inputs(checkpoint: Checkpoint) -> Mapping[str, Tokens]:
     """There is no text."""
     return {}
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from exporter.families import Spec, parts
+from exporter.families import Spec, Tokens, parts
 from runtimes.errors import DexportError
 from runtimes.manifest import Guidance, Stage, Tensor
 
@@ -84,10 +84,10 @@ class Prior:
             steps, gives=self.gives,
         )  # fmt: skip
 
-    def tokens(self, checkpoint: Checkpoint) -> tuple[str, int]:
+    def tokens(self, checkpoint: Checkpoint) -> Tokens:
         """The text graph's input of its tokenizer's ids, and how many that takes."""
         _, length = parts.tokens(checkpoint, self.text_encoder, "tokens").shape
-        return "tokens", int(length)
+        return Tokens("tokens", int(length))
 
     def _width(self, checkpoint: Checkpoint) -> int:
         config = checkpoint.components[self.component].config

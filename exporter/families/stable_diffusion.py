@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from exporter.families import TOKENIZERS, Shape, Spec, parts
+from exporter.families import CLIP_TOKENIZERS, Shape, Spec, Tokens, parts
 from runtimes.errors import DexportError
 from runtimes.manifest import Stage, Tensor
 
@@ -21,7 +21,7 @@ COMPONENTS = {
     "text_encoder": ("CLIPTextModel",),
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL", "ConsistencyDecoderVAE"),
-    "tokenizer": TOKENIZERS,
+    "tokenizer": CLIP_TOKENIZERS,
 }
 # Scale of guidance, diffusers' own, and steps. DPM-Solver++ and Euler have converged after 20; 50 were for PNDM.
 DISTILLED = "LatentConsistencyModelPipeline"
@@ -81,7 +81,7 @@ def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
     )
 
 
-def token_inputs(checkpoint: Checkpoint) -> Mapping[str, tuple[str, int]]:
+def token_inputs(checkpoint: Checkpoint) -> Mapping[str, Tokens]:
     """The tokenizer's ids go to ``tokens``, as many as the text encoder has positions."""
     _, length = parts.tokens(checkpoint, "text_encoder", "tokens").shape
-    return {"tokenizer": ("tokens", int(length))}
+    return {"tokenizer": Tokens("tokens", int(length))}

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from exporter.families import TOKENIZERS, Shape, Spec, parts
+from exporter.families import CLIP_TOKENIZERS, Shape, Spec, Tokens, parts
 from runtimes.errors import DexportError
 from runtimes.manifest import Stage, Tensor
 
@@ -23,8 +23,8 @@ COMPONENTS = {
     "text_encoder_2": ("CLIPTextModelWithProjection",),
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL",),
-    "tokenizer": (*TOKENIZERS, None),
-    "tokenizer_2": TOKENIZERS,
+    "tokenizer": (*CLIP_TOKENIZERS, None),
+    "tokenizer_2": CLIP_TOKENIZERS,
 }
 GUIDANCE = 5.0  # diffusers' default
 STEPS = 20  # as for Stable Diffusion
@@ -107,12 +107,12 @@ def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
     )  # fmt: skip
 
 
-def token_inputs(checkpoint: Checkpoint) -> Mapping[str, tuple[str, int]]:
+def token_inputs(checkpoint: Checkpoint) -> Mapping[str, Tokens]:
     """The first tokenizer's ids go to ``tokens``, the second one's to ``tokens_2``."""
     inputs = {}
     for component, name in _encoders(checkpoint).items():
         _, length = parts.tokens(checkpoint, component, name).shape
-        inputs[component.replace("text_encoder", "tokenizer")] = (name, int(length))
+        inputs[component.replace("text_encoder", "tokenizer")] = Tokens(name, int(length))
     return inputs
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from exporter.families import TOKENIZERS, Shape, Spec, parts, prior, unet2d
+from exporter.families import CLIP_TOKENIZERS, Shape, Spec, Tokens, parts, prior, unet2d
 from runtimes.errors import DexportError
 from runtimes.manifest import Guidance, Stage, Tensor
 
@@ -20,7 +20,7 @@ NAME = "unclip"
 COMPONENTS = {
     "prior": ("PriorTransformer",),
     "text_encoder": ("CLIPTextModelWithProjection",),
-    "tokenizer": TOKENIZERS,
+    "tokenizer": CLIP_TOKENIZERS,
     "text_proj": ("UnCLIPTextProjModel",),
     "decoder": ("UNet2DConditionModel",),
     "super_res_first": ("UNet2DModel",),
@@ -138,7 +138,7 @@ def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
     )  # fmt: skip
 
 
-def token_inputs(checkpoint: Checkpoint) -> Mapping[str, tuple[str, int]]:
+def token_inputs(checkpoint: Checkpoint) -> Mapping[str, Tokens]:
     """The tokenizer's ids go to ``tokens``."""
     return {"tokenizer": PRIOR.tokens(checkpoint)}
 
