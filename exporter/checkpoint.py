@@ -26,9 +26,9 @@ PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 STEMS = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' names of a weight file
 VARIANTS = ("fp32", "bf16", "fp16")  # where there is no plain file: the most exact one first
 # A component of another library is code that comes with the checkpoint; the last ones are modules of diffusers.
-LIBRARIES = ("diffusers", "transformers", "unclip")
+LIBRARIES = ("diffusers", "transformers", "latent_diffusion", "stable_cascade", "unclip", "wuerstchen")
 TOKENIZER_FILES = (
-    "tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model", "added_tokens.json",
+    "tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model", "added_tokens.json",
     "tokenizer_config.json", "special_tokens_map.json",
 )  # fmt: skip
 

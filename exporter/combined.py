@@ -17,6 +17,7 @@ PREFIX = "prior_"
 # A decoder's pipeline class to its prior's and to that of both.
 COMBINED = {
     "KandinskyV22Pipeline": ("KandinskyV22PriorPipeline", "KandinskyV22CombinedPipeline"),
+    "StableCascadeDecoderPipeline": ("StableCascadePriorPipeline", "StableCascadeCombinedPipeline"),
 }
 
 

@@ -387,14 +387,17 @@ class Pipeline:
         }
 
     def _encoded(self, stage: Stage, request: Request, without: bool) -> dict[str, Array]:
-        """What the stage's text graph makes of the prompts, or of the negative prompt, a row for each picture."""
-        count = subject.count(request)
+        """What the stage's text graph makes of the prompts, or of the negative prompt, a row for each picture.
+
+        Two stages may share a text graph, and each takes what its denoiser has an input for.
+        """
+        count, taken = subject.count(request), {tensor.name for tensor in self.model.graphs[stage.denoiser].inputs}
         if stage.text is not None and without and stage.guidance.empty == "zeros" and not request.negative_prompt:
             outputs = self.model.graphs[stage.text].outputs
-            return {t.name: np.zeros((count, *map(int, t.shape[1:])), t.dtype) for t in outputs}
+            return {t.name: np.zeros((count, *map(int, t.shape[1:])), t.dtype) for t in outputs if t.name in taken}
         prompts = [request.negative_prompt] if without else request.prompts
         rows = self.encode_text(prompts, stage, negative=without)
-        return {name: np.repeat(value, count // len(prompts), axis=0) for name, value in rows.items()}
+        return {name: np.repeat(rows[name], count // len(prompts), axis=0) for name in rows if name in taken}
 
     def _settings(self, request: Request, index: int) -> dict[str, Any]:
         """What makes picture ``index`` again, for its metadata."""

@@ -26,8 +26,10 @@ PIPELINES = {
     "KandinskyV22CombinedPipeline": "kandinsky",
     "LDMPipeline": "latent_diffusion",
     "LDMSuperResolutionPipeline": "latent_diffusion",
+    "LDMTextToImagePipeline": "latent_diffusion_text",
     "LatentConsistencyModelPipeline": "stable_diffusion",
     "PNDMPipeline": "pixel",
+    "StableCascadeCombinedPipeline": "stable_cascade",
     "StableDiffusionPipeline": "stable_diffusion",
     "StableDiffusionXLImg2ImgPipeline": "stable_diffusion_xl",
     "StableDiffusionXLPipeline": "stable_diffusion_xl",
@@ -37,11 +39,14 @@ PIPELINES = {
 
 # Each kind of tokenizer by the classes of transformers that a checkpoint may name for it.
 CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+BERT_TOKENIZERS = ("BertTokenizer", "BertTokenizerFast")
 T5_TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast")
 GEMMA_TOKENIZERS = ("GemmaTokenizer", "GemmaTokenizerFast")
 LLAMA_TOKENIZERS = ("LlamaTokenizer", "LlamaTokenizerFast")
 QWEN_TOKENIZERS = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
-TOKENIZERS = (*CLIP_TOKENIZERS, *T5_TOKENIZERS, *GEMMA_TOKENIZERS, *LLAMA_TOKENIZERS, *QWEN_TOKENIZERS)
+TOKENIZERS = (
+    *CLIP_TOKENIZERS, *BERT_TOKENIZERS, *T5_TOKENIZERS, *GEMMA_TOKENIZERS, *LLAMA_TOKENIZERS, *QWEN_TOKENIZERS,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

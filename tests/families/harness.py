@@ -40,11 +40,12 @@ class Built:
         return Pipeline.load(self.bundles[backend])
 
 
-def build_all(checkpoint: Path, folder: Path, **said: Any) -> Built:
+def build_all(checkpoint: Path, folder: Path, shape: tuple[int, int] | None = None, **said: Any) -> Built:
     """Build a checkpoint for the backends that run on a CPU, gate included; ``said``: more fields of ``Origin``."""
     made = build(
-        Origin(checkpoint, **said), folder / "bundles", targets=("onnxruntime", "openvino"), keep_hub=folder / "hub"
-    )
+        Origin(checkpoint, **said), folder / "bundles", targets=("onnxruntime", "openvino"), keep_hub=folder / "hub",
+        shape=shape,
+    )  # fmt: skip
     return Built(checkpoint, folder / "hub", {item.target: item.folder for item in made})
 
 

@@ -9,18 +9,22 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.pipelines.deprecated.unclip import UnCLIPPipeline, UnCLIPTextProjModel
+from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from tests.families.small import tokenizer
 from tests.tiny import clip, conditional_unet, kl_autoencoder
 
 # What published checkpoints have for classes that diffusers itself no longer saves so that it could load them.
-LIBRARIES = {"UnCLIPTextProjModel": "unclip"}
+LIBRARIES = {"LDMBertModel": "latent_diffusion", "PaellaVQModel": "wuerstchen", "UnCLIPTextProjModel": "unclip"}
 WIDTH = 16  # of CLIP's embedding of a picture and of a text
 
 
 def save(folder: Path, kind: Any, **components: Any) -> Any:
     """Save a pipeline of diffusers' class ``kind``, as its published checkpoints are; return it."""
+    for part in components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
     pipe = kind(**components)
     pipe.save_pretrained(folder)
     index = json.loads((folder / "model_index.json").read_text())
@@ -150,3 +154,41 @@ def decoded(folder: Path) -> Any:
     pipe = stable_diffusion(folder)
     pipe.register_modules(vae=consistency_decoder(folder.with_name("decoder")))
     return pipe
+
+
+def cascade_unet(**options: Any) -> Any:
+    """A UNet of Stable Cascade's with two levels; what it starts training with at zero is random."""
+    model = diffusers.StableCascadeUNet(
+        conditioning_dim=16, block_out_channels=(16, 16), num_attention_heads=(2, 2), down_num_layers_per_block=(1, 1),
+        up_num_layers_per_block=(1, 1), down_blocks_repeat_mappers=(1, 1), up_blocks_repeat_mappers=(1, 1),
+        timestep_ratio_embedding_dim=16, clip_text_pooled_in_channels=WIDTH, clip_seq=2, **options,
+    )  # fmt: skip
+    for name, weight in model.named_parameters():
+        if name.endswith(("gamma", "beta")):
+            weight.data.normal_()
+    return model.eval()
+
+
+def stable_cascade(folder: Path) -> Any:
+    """Stable Cascade with prior and decoder in one folder, for a picture of 128 x 128."""
+    torch.manual_seed(8)
+    words = tokenizer(folder, "words")
+    encoder = clip(len(words), projected=True, projection_dim=WIDTH, hidden_size=WIDTH)
+    layers = ("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock")
+    prior = cascade_unet(
+        in_channels=8, out_channels=8, patch_size=1, clip_text_in_channels=WIDTH, clip_image_in_channels=8,
+        block_types_per_layer=(layers, layers), switch_level=(False,),
+    )  # fmt: skip
+    decoder = cascade_unet(
+        in_channels=4, out_channels=4, patch_size=2, effnet_in_channels=8, self_attn=False,
+        block_types_per_layer=(layers[:2], layers), timestep_conditioning_type=("sca",),
+    )  # fmt: skip
+    vqgan = PaellaVQModel(bottleneck_blocks=1, embed_dim=16, num_vq_embeddings=16)
+    for name, weight in vqgan.named_parameters():
+        if name.endswith("gammas"):
+            weight.data.normal_()
+    return save(
+        folder, diffusers.StableCascadeCombinedPipeline, tokenizer=words, text_encoder=encoder, decoder=decoder,
+        scheduler=diffusers.DDPMWuerstchenScheduler(), vqgan=vqgan.eval(), prior_prior=prior, prior_tokenizer=words,
+        prior_text_encoder=encoder, prior_scheduler=diffusers.DDPMWuerstchenScheduler(),
+    )  # fmt: skip
