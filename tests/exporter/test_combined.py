@@ -1,4 +1,4 @@
-"""Checkpoints that belong together: a prior and a decoder in two folders or one, a consistency decoder beside or inside."""
+"""Checkpoints that belong together: a prior and a decoder, a consistency decoder beside a model or inside."""
 
 from __future__ import annotations
 
