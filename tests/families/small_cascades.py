@@ -142,8 +142,9 @@ def stable_diffusion(folder: Path, vae: Any = None) -> Any:
     torch.manual_seed(6)
     words = tokenizer(folder, "words")
     components = {
-        "text_encoder": clip(len(words)), "tokenizer": words, "scheduler": diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
-        "unet": conditional_unet(sample_size=8), "safety_checker": None, "feature_extractor": None,
+        "text_encoder": clip(len(words)), "tokenizer": words, "unet": conditional_unet(sample_size=8),
+        "scheduler": diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
+        "safety_checker": None, "feature_extractor": None,
         "requires_safety_checker": False,
     }  # fmt: skip
     return save(folder, diffusers.StableDiffusionPipeline, vae=vae or kl_autoencoder(2), **components)
