@@ -253,11 +253,21 @@ def _check_given(model: Model, where: str) -> None:
         if not taken or result in (*TENSORS["denoiser"][0], *ASKED):
             raise _wrong(where, f"what {stage.name!r:.60} gives", result, "a further input of a later denoiser")
         shape = made[result].shape[1:] if decoder else _sample(model, stage).shape[1:]
-        if any(len(tensor.shape[1:]) != len(shape) or tensor.dtype != "float32" for tensor in taken):
+        others = [made[name] for name in [cascade.NEGATIVE + result] if name in made]
+        if any(not _meets(tensor, shape) for tensor in (*taken, *others)):
             raise _wrong(where, f"what {stage.name!r:.60} gives", shape, "of the shape that later denoisers take")
     free = [cascade.is_free(model, stage) for stage in model.stages if len(stage.sample) == 3]
     if any(free) and not free[-1]:
         raise DexportError(f"{where}: the last stage's samples have one size alone, where those before it are free")
+
+
+def _meets(tensor: Tensor, shape: Sequence[int | str]) -> bool:
+    """Whether what is given with a ``shape``, without batch, can be a tensor's."""
+    sides = tensor.shape[1:]
+    fits = len(sides) == len(shape) and all(
+        isinstance(a, str) or isinstance(b, str) or a == b for a, b in zip(sides, shape, strict=True)
+    )
+    return fits and tensor.dtype == "float32"
 
 
 def _sample(model: Model, stage: Stage) -> Tensor:
