@@ -12,11 +12,10 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import PurePosixPath
 
-from runtimes import cascade, conditioning, subject
+from runtimes import cascade, conditioning, subject, timetable
 from runtimes.accuracy import BANDS
 from runtimes.errors import DexportError, IntegrityError
 from runtimes.manifest import PROMPT, Graph, Kind, Manifest, Model, Stage, Tensor, Tokenizer
-from runtimes.samplers import compile_table
 from runtimes.target import Target
 
 GRAPH_NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -182,10 +181,14 @@ def _check_stage(model: Model, stage: Stage, where: str) -> None:
         raise _wrong(where, "strength", stage.strength, "above 0 and at most 1")
     if not 1 <= stage.multiple <= SIDE or any(side % stage.multiple for side in stage.sample[1:]):
         raise _wrong(where, "multiple", stage.multiple, "a number from 1 that divides the sample's sides")
+    if stage.patch is not None and (stage.patch < 1 or stage.multiple % stage.patch):
+        raise _wrong(where, "patch", stage.patch, "null, or a number from 1 that divides multiple")
+    if stage.guidance.normalize and stage.patch is None:
+        raise DexportError(f"{where}: guidance: normalize needs patch, the size of a token")
     _check_inputs(model.graphs[stage.denoiser], stage, where)
     _check_labels(model.graphs[stage.denoiser], stage, where)
     try:
-        compile_table(stage.scheduler, stage.steps, start=stage.span[0], end=stage.span[1])
+        timetable.compile_stage(stage, stage.steps, stage.sample)
     except DexportError as error:
         raise DexportError(f"{where}: scheduler: {error}") from error
 
