@@ -18,7 +18,7 @@ from calibration.overflow import MARGIN, Island, PeakObserver, islands, watch_pe
 from calibration.precision import LIMITS
 from calibration.prompts import few
 from calibration.split import split
-from runtimes import example
+from runtimes import cascade, example
 from runtimes.backends.onnxruntime import OnnxRuntimeSession
 from runtimes.errors import Progress, silent
 from runtimes.manifest import Model
@@ -43,7 +43,7 @@ class Found:
     """What a run has shown of each graph, by name."""
 
     prompts: tuple[str, ...]
-    steps: int
+    steps: int | Mapping[str, int]
     graphs: Mapping[str, Kept]
 
     def nodes(self, name: str) -> frozenset[str]:
@@ -76,13 +76,13 @@ def find(
     ``quantized``: the denoiser's nodes are to be those of the graph that is quantized (calibration/split.py).
     """
     require("onnxruntime")
-    stage = model.stages[0]
+    first = cascade.main(model.stages)[0]
     watched: dict[str, PeakObserver] = {}  # the graph that is in memory
     peaks: dict[str, dict[str, float]] = {}
 
     def as_compiled(name: str) -> ir.Model:
         graph = ir.load(hub / model.graphs[name].file)
-        return split(graph)[0] if quantized and name == stage.denoiser else graph
+        return split(graph)[0] if quantized and name == first.denoiser else graph
 
     def put_away() -> None:
         for name, observer in watched.items():
@@ -103,12 +103,12 @@ def find(
         return watched[name]
 
     chosen = tuple(prompts[:PROMPTS]) if prompts else few(model, PROMPTS)
-    steps = min(STEPS, stage.steps)
+    steps = cascade.few(model.stages, min(STEPS, first.steps))
     pipeline = Pipeline(model, hub, open_graph)
     for step in pipeline.generate(example.request(model, chosen, steps=steps)):
         progress(f"fp16: looking for overflows, step {step.index + 1}/{step.total}", (step.index + 1) / step.total)
     images = pipeline.decode(step.sample)
-    if stage.encoder is not None:
+    if first.encoder is not None:
         pipeline.encode(images)
     put_away()
     graphs = {name: _kept(as_compiled(name), found) for name, found in peaks.items()}

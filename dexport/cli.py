@@ -9,7 +9,7 @@ import click
 
 import dexport
 from dexport import console, tables
-from dexport.group import FAILED_GATE, Face, HintFile, Numbers, SamplerName, Shape, TargetName
+from dexport.group import FAILED_GATE, ByStage, Face, HintFile, Numbers, SamplerName, Shape, TargetName
 from dexport.options import (
     FOLDER,
     calibration_steps_option,
@@ -215,11 +215,14 @@ def compile_(
     help="Whether brackets weigh words, as in (apple:1.3); else they are text.",
 )  # fmt: skip
 @click.option("--class", "labels", multiple=True, help="Class of a model that has some: name or number. Likewise.")
-@click.option("--steps", type=click.IntRange(1), help="Steps of the sampler.")
 @click.option(
-    "--guidance", type=Numbers(),
+    "--steps", type=ByStage(click.IntRange(1)), multiple=True, callback=ByStage.together,
+    help="Steps of the sampler; prior=10 is of another stage than the main one, where a model has several.",
+)  # fmt: skip
+@click.option(
+    "--guidance", type=ByStage(Numbers()), multiple=True, callback=ByStage.together,
     help="How strongly the prompt steers; 1 is not at all, and twice as fast. Several, like 9,5,1, are spread over the "
-    "steps.",
+    "steps. By stage as the steps.",
 )  # fmt: skip
 @click.option(
     "--guidance-interval",

@@ -183,6 +183,29 @@ class HintFile(click.ParamType):  # type: ignore[type-arg]  # generic only in la
         return name or "", Path(file), how
 
 
+class ByStage(click.ParamType):  # type: ignore[type-arg]  # generic only in later clicks
+    """A value, or ``stage=value`` for a stage of a model with several that start from noise."""
+
+    def __init__(self, of: click.ParamType) -> None:  # type: ignore[type-arg]  # as above
+        """What kind of value."""
+        self.of, self.name = of, f"[stage=]{of.name}"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:
+        """Return the stage's name, "" where there is none, and the value."""
+        if isinstance(value, tuple):
+            return value
+        stage, equals, own = str(value).partition("=")
+        return (stage, self.of.convert(own, param, ctx)) if equals else ("", self.of.convert(value, param, ctx))
+
+    @staticmethod
+    def together(ctx: click.Context, param: click.Parameter, values: tuple[tuple[str, Any], ...]) -> Any:
+        """None for nothing given, one value without a name, or values by stage."""
+        found = dict(values)
+        if len(found) < len(values) or (len(found) > 1 and "" in found):
+            raise click.BadParameter("give it once, or once for each stage, like prior=10", ctx, param)
+        return found.get("", found or None)
+
+
 class TargetName(click.ParamType):  # type: ignore[type-arg]  # generic only in later clicks
     """A target that ``Target.parse`` knows, with completion; where ``precise``, also ``target=precision``."""
 

@@ -55,24 +55,15 @@ calibration_steps_option = click.option(
 
 def _origin(
     checkpoint: Path, config: str | None, loras: tuple[str, ...], clip_skip: int, refiner: Path | None,
-    sampler: str | None, steps: int | None, guidance: float | None, controls: tuple[str, ...],
-    ip_adapters: tuple[str, ...], image_encoder: Path | None, long_prompts: int, embeddings: tuple[str, ...],
+    prior: Path | None, decoder: Path | None, sampler: str | None, steps: int | None, guidance: float | None,
+    controls: tuple[str, ...], ip_adapters: tuple[str, ...], image_encoder: Path | None, long_prompts: int,
+    embeddings: tuple[str, ...],
 ) -> Origin:  # fmt: skip
     return dexport.Origin(
-        checkpoint,
-        refiner,
-        config,
-        loras,
-        clip_skip,
-        sampler,
-        steps,
-        guidance,
-        controls,
-        ip_adapters,
-        image_encoder,
-        long_prompts,
-        embeddings,
-    )
+        checkpoint, refiner=refiner, config=config, loras=loras, clip_skip=clip_skip, sampler=sampler, steps=steps,
+        guidance=guidance, controls=controls, ip_adapters=ip_adapters, image_encoder=image_encoder,
+        long_prompts=long_prompts, embeddings=embeddings, prior=prior, decoder=decoder,
+    )  # fmt: skip
 
 
 origin_options = together(
@@ -93,6 +84,12 @@ origin_options = together(
     ),
     click.option(
         "--refiner", type=FOLDER, help="A second checkpoint, which goes on with what the first one draws, like SDXL's."
+    ),
+    click.option(
+        "--prior", type=FOLDER, help="The prior of a checkpoint that is a decoder alone, like Kandinsky 2.2's."
+    ),
+    click.option(
+        "--decoder", type=FOLDER, help="A consistency decoder, which draws the pictures in place of the autoencoder's."
     ),
     click.option("--sampler", type=SamplerName(), help="The model's sampler, in place of the checkpoint's."),
     click.option("--steps", type=click.IntRange(1), help="Steps if none are asked for."),

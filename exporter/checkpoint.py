@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from exporter import clip_skip as clip_skips
-from exporter import families, lora, single_file, textual_inversion
+from exporter import combined, families, lora, single_file, textual_inversion
 from runtimes import strict_json
 from runtimes.bundle import hash_file
 from runtimes.errors import DexportError, Progress, silent
@@ -25,9 +25,10 @@ from runtimes.samplers import default_of
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 STEMS = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' names of a weight file
 VARIANTS = ("fp32", "bf16", "fp16")  # where there is no plain file: the most exact one first
-LIBRARIES = ("diffusers", "transformers")  # a component of another library is code that comes with the checkpoint
+# A component of another library is code that comes with the checkpoint; the last ones are modules of diffusers.
+LIBRARIES = ("diffusers", "transformers", "latent_diffusion", "stable_cascade", "unclip", "wuerstchen")
 TOKENIZER_FILES = (
-    "tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model", "added_tokens.json",
+    "tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model", "added_tokens.json",
     "tokenizer_config.json", "special_tokens_map.json",
 )  # fmt: skip
 
@@ -60,11 +61,11 @@ class Checkpoint:
 
     ``path`` is the folder or file, for messages. ``tokenizers`` are by component; ``files`` those that an
     export depends on, by the path that a manifest gives them; ``adapters`` what is merged into the weights. ``index``:
-    what model_index.json says, of which only what is not asked for here has further use. ``refiner``: what goes on with
-    the pictures that this one draws; ``steps`` and ``guidance``: defaults in place of the family's; ``chunks``: how
-    many times as long as its text encoder takes a prompt may be (exporter.ensemble); ``words``: what its tokenizers
-    have beyond their files (exporter.textual_inversion). ``hints``: the components that steer by a picture
-    (exporter.hints).
+    what model_index.json says, of which only what is not asked for here has further use. ``scheduler`` is that of the
+    main stage; ``schedulers`` are all by component, where a family has several. ``refiner``: what goes on with the
+    pictures that this one draws; ``steps`` and ``guidance``: defaults in place of the family's; ``chunks``: how many
+    times as long as its text encoder takes a prompt may be (exporter.ensemble); ``words``: what its tokenizers have
+    beyond their files (exporter.textual_inversion); ``hints``: the components that steer by a picture (exporter.hints).
     """
 
     path: Path
@@ -74,6 +75,7 @@ class Checkpoint:
     tokenizers: Mapping[str, TokenizerFiles]
     files: Mapping[str, Path]
     adapters: tuple[Adapter, ...] = ()
+    schedulers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     index: Mapping[str, Any] = field(default_factory=dict)
     refiner: Checkpoint | None = None
     steps: int | None = None
@@ -101,6 +103,7 @@ def read(
     path: Path,
     *,
     config: Path | str | None = None,
+    prior: Path | str | None = None,
     loras: Sequence[Path | str] = (),
     embeddings: Sequence[Path | str] = (),
     clip_skip: int = 1,
@@ -110,22 +113,26 @@ def read(
     """Read a diffusers folder or a single file and check it; with ``check``, look through all weights for NaN too.
 
     ``config`` is for a single file: the name of a configuration in ``exporter/configs``, or a diffusers folder whose
-    weights are not looked at; by default the kind is read from the file. ``loras``: files to merge, each "FILE" or
-    "FILE:SCALE"; ``embeddings``: likewise, "FILE" or "FILE:WORD". ``clip_skip``: which layer's states of the text
-    encoder are used, counted from the last, 1. Raises DexportError for what is missing, damaged, unsupported, or only
-    there as a pickle.
+    weights are not looked at; by default the kind is read from the file. ``prior``: the folder of the prior that a
+    decoder was saved without (exporter.combined). ``loras``: files to merge, each "FILE" or "FILE:SCALE";
+    ``embeddings``: likewise, "FILE" or "FILE:WORD". ``clip_skip``: which layer's states of the text encoder are used,
+    counted from the last, 1. Raises DexportError for what is missing, damaged, unsupported, or only there as a pickle.
     """
     path = Path(path)
     header = read_header(path) if path.is_file() and path.suffix == ".safetensors" else None
     if header is None and config is not None:
         raise DexportError(f"{path}: a configuration (--config) is for a single .safetensors file; leave it out")
     folder = path if header is None else single_file.configuration(path, header, config)
-    index = _read_index(folder)
+    index, place = _read_index(folder), combined.Place(folder, None if prior is None else Path(prior))
+    if place.prior is not None:
+        index = combined.join(folder, index, place.prior, _read_index(place.prior))
+    combined.check_whole(folder, index)
     pipeline = str(index.get("_class_name"))
     pipeline = families.SAME.get(pipeline, pipeline)
     family = families.find(pipeline)
+    names = families.schedulers(family)
     classes, configs, tokenizers = {}, {}, {}
-    used = {"model_index.json", "scheduler/scheduler_config.json"}
+    used = {"model_index.json", *(f"{name}/scheduler_config.json" for name in names)}
     for name, allowed in family.COMPONENTS.items():
         if None in allowed and index.get(name) in (None, [None, None]):
             continue
@@ -134,16 +141,19 @@ def read(
             known = " or ".join(filter(None, allowed))
             raise DexportError(f"{folder}: {name} is a {classes[name]}; a {pipeline} is exported with {known}")
         if classes[name] in families.TOKENIZERS:
-            tokenizers[name] = TokenizerFiles(classes[name], folder / name)
-            used |= {f"{name}/{file}" for file in TOKENIZER_FILES if (folder / name / file).is_file()}
+            tokenizers[name] = TokenizerFiles(classes[name], place / name)
+            used |= {f"{name}/{file}" for file in TOKENIZER_FILES if (place / name / file).is_file()}
         else:
-            configs[name] = read_json(folder / name / "config.json")
+            configs[name] = read_json(place / name / "config.json")
             used.add(f"{name}/config.json")
-    files = {name: folder / name for name in used}
-    scheduler = _read_scheduler(folder / "scheduler" / "scheduler_config.json", _class_of(folder, index, "scheduler"))
+    files = {name: place / name for name in used}
+    schedulers = {
+        name: _read_scheduler(place / name / "scheduler_config.json", _class_of(folder, index, name)) for name in names
+    }
+    scheduler = schedulers[names[0]]
     weights: Mapping[str, Mapping[str, Stored]]
     if header is None:
-        weights = {name: read_weights(folder / name, files) for name in configs}
+        weights = {name: read_weights(place / name, name, files) for name in configs}
     else:
         weights = single_file.convert(path, header, configs)
         scheduler |= single_file.scheduler_options(header)
@@ -151,15 +161,29 @@ def read(
         if folder.parent == single_file.CONFIGS:
             files |= {f"{name}/merges.txt": single_file.CONFIGS / "merges.txt" for name in tokenizers}
     components = {
-        name: Component(name, classes[name], path if header else folder / name, configs[name], weights[name])
+        name: Component(name, classes[name], path if header else place / name, configs[name], weights[name])
         for name in configs
     }
     if check:
         for index_, component in enumerate(components.values()):
             progress(f"{component.name}: checking weights", index_ / len(components))
             check_finite(component.entries.values())
-    merged = lora.merge(Checkpoint(path, pipeline, components, scheduler, tokenizers, files, index=index), loras)
-    return clip_skips.skip(textual_inversion.merge(merged, embeddings), clip_skip)
+    found = Checkpoint(path, pipeline, components, scheduler, tokenizers, files, schedulers=schedulers, index=index)
+    return clip_skips.skip(textual_inversion.merge(lora.merge(found, loras), embeddings), clip_skip)
+
+
+def add(checkpoint: Checkpoint, name: str, folder: Path, class_name: str) -> Checkpoint:
+    """The checkpoint with one more component, from a folder of its own; DexportError for what is not of this class."""
+    if not folder.is_dir():
+        raise DexportError(f"{folder}: no such folder")
+    config = read_json(folder / "config.json")
+    if config.get("_class_name") != class_name:
+        raise DexportError(f"{folder}: a {config.get('_class_name')!r:.60}; it must be a {class_name}")
+    files = {**checkpoint.files, f"{name}/config.json": folder / "config.json"}
+    weights = read_weights(folder, name, files)
+    check_finite(weights.values())
+    component = Component(name, class_name, folder, config, weights)
+    return replace(checkpoint, components={**checkpoint.components, name: component}, files=files)
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
@@ -201,8 +225,8 @@ def _class_of(folder: Path, index: Mapping[str, Any], name: str) -> str:
         raise DexportError(f"{folder}: model_index.json names no {name!r}; the checkpoint is not whole")
     if pair[0] not in LIBRARIES:
         raise DexportError(
-            f"{folder}: {name} is a {pair[1]!r:.60} of {pair[0]!r:.60}; only classes of {' and '.join(LIBRARIES)} are "
-            "exported, since others would run a program that comes with the checkpoint"
+            f"{folder}: {name} is a {pair[1]!r:.60} of {pair[0]!r:.60}; only classes of {' and '.join(LIBRARIES[:2])} "
+            "are exported, since others would run a program that comes with the checkpoint"
         )
     return pair[1]
 
@@ -241,7 +265,7 @@ def read_json(path: Path, *, finite: bool = True) -> dict[str, Any]:
     return value
 
 
-def read_weights(folder: Path, files: dict[str, Path]) -> Mapping[str, Stored]:
+def read_weights(folder: Path, component: str, files: dict[str, Path]) -> Mapping[str, Stored]:
     """Return a component's tensors by name; add the files that they come from (an index included) to ``files``."""
     for stem in STEMS:
         # "stem.safetensors", "stem.fp16.safetensors", and for shards "stem.safetensors.index[.fp16].json"
@@ -250,10 +274,10 @@ def read_weights(folder: Path, files: dict[str, Path]) -> Mapping[str, Stored]:
             single = folder / f"{stem}{dotted}.safetensors"
             shards = folder / f"{stem}.safetensors.index{dotted}.json"
             if single.is_file():
-                files[f"{folder.name}/{single.name}"] = single
+                files[f"{component}/{single.name}"] = single
                 return read_header(single)
             if shards.is_file():
-                return _read_shards(shards, files)
+                return _read_shards(shards, component, files)
     for path in sorted(folder.glob("*")):
         if path.suffix in PICKLES:
             raise _pickle(path)
@@ -265,13 +289,13 @@ def _other_variants(folder: Path, stem: str) -> list[str]:
     return [name.removeprefix(f"{stem}.").removesuffix(".safetensors") for name in names]
 
 
-def _read_shards(index: Path, files: dict[str, Path]) -> Mapping[str, Stored]:
+def _read_shards(index: Path, component: str, files: dict[str, Path]) -> Mapping[str, Stored]:
     """Read the shards that an index lists; index and headers must agree on where each tensor is."""
     places = read_json(index).get("weight_map")
     if not (isinstance(places, dict) and places and all(isinstance(file, str) for file in places.values())):
         raise DexportError(f"{index}: no weight_map; copy or download it again")
     entries: dict[str, Stored] = {}
-    files[f"{index.parent.name}/{index.name}"] = index
+    files[f"{component}/{index.name}"] = index
     for name in sorted(set(places.values())):
         file = index.parent / name
         if Path(name).name != name or file.suffix != ".safetensors":
@@ -282,7 +306,7 @@ def _read_shards(index: Path, files: dict[str, Path]) -> Mapping[str, Stored]:
             if places.get(key) != name:
                 raise DexportError(f"{file}: tensor {key!r} is not listed for this file in {index.name}")
             entries[key] = entry
-        files[f"{index.parent.name}/{name}"] = file
+        files[f"{component}/{name}"] = file
     if missing := sorted(set(places) - set(entries)):
         raise DexportError(f"{index}: tensor {missing[0]!r} is not in {places[missing[0]]}; copy or download it again")
     return entries

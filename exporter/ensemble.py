@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exporter import checkpoint as checkpoints
-from exporter import hints, steering
+from exporter import consistency, hints, steering
 from exporter.checkpoint import Checkpoint, TokenizerFiles
 from exporter.families import Shape, Spec, Tokens
-from runtimes import samplers, subject
+from runtimes import cascade, samplers, subject
 from runtimes.errors import DexportError, Progress, silent
 from runtimes.manifest import File, Stage
 
@@ -36,11 +36,13 @@ class Origin:
     """A checkpoint, and what is made of it on the way in.
 
     path: a diffusers folder, one .safetensors file, or a model of your own. refiner: a second checkpoint, which goes on
-    with what the first one draws. config, loras, embeddings, clip_skip: of the first one, as in
-    ``exporter.checkpoint.read``; controls, ip_adapters, image_encoder: what steers it by pictures, as in
-    ``exporter.hints.add``. sampler, steps, guidance: the model's defaults, in place of its checkpoint's and family's; a
-    model that was distilled to need no guidance says so nowhere, and is one with ``guidance`` up to 1. long_prompts:
-    how many chunks a prompt may have, each as long as the text encoder takes (75 tokens of CLIP's).
+    with what the first one draws. prior: the folder of the prior that a decoder was saved without (exporter.combined).
+    decoder: that of a consistency decoder to draw the pictures with (exporter.consistency). config, loras, embeddings,
+    clip_skip: of the first one, as in ``exporter.checkpoint.read``; controls, ip_adapters, image_encoder: what steers
+    it by pictures, as in ``exporter.hints.add``. sampler, steps, guidance: the model's defaults, in place of its
+    checkpoint's and family's; a model that was distilled to need no guidance says so nowhere, and is one with
+    ``guidance`` up to 1. Of a model with several ways (runtimes.cascade) they are of the main one. long_prompts: how
+    many chunks a prompt may have, each as long as the text encoder takes (75 tokens of CLIP's).
     """
 
     path: Path | str | OwnModel
@@ -56,6 +58,8 @@ class Origin:
     image_encoder: Path | str | None = None
     long_prompts: int = 1
     embeddings: Sequence[Path | str] = ()
+    prior: Path | str | None = None
+    decoder: Path | str | None = None
 
     @classmethod
     def of(cls, checkpoint: Origin | OwnModel | Path | str) -> Origin:
@@ -65,7 +69,8 @@ class Origin:
     @property
     def checkpoints(self) -> list[Path]:
         """The paths of the checkpoints, which nothing is written into."""
-        return [Path(path) for path in (self.path, self.refiner) if isinstance(path, Path | str)]
+        paths = (self.path, self.refiner, self.prior, self.decoder)
+        return [Path(path) for path in paths if isinstance(path, Path | str)]
 
 
 def read(origin: Origin | OwnModel | Path | str, *, progress: Progress = silent) -> Checkpoint:
@@ -75,8 +80,8 @@ def read(origin: Origin | OwnModel | Path | str, *, progress: Progress = silent)
         raise DexportError(f"long prompts may have 1 to {MOST_CHUNKS} chunks, not {origin.long_prompts}")
     if isinstance(origin.path, Path | str):
         base = checkpoints.read(
-            Path(origin.path), config=origin.config, loras=origin.loras, embeddings=origin.embeddings,
-            clip_skip=origin.clip_skip, progress=progress,
+            Path(origin.path), config=origin.config, prior=origin.prior, loras=origin.loras,
+            embeddings=origin.embeddings, clip_skip=origin.clip_skip, progress=progress,
         )  # fmt: skip
         base = hints.add(base, origin.controls, origin.ip_adapters, origin.image_encoder)
     else:
@@ -87,7 +92,11 @@ def read(origin: Origin | OwnModel | Path | str, *, progress: Progress = silent)
         for part in (base, second)
         if part is not None
     )
-    return replace(base, refiner=next(iter(others), None), steps=origin.steps, guidance=origin.guidance)
+    base = replace(base, refiner=next(iter(others), None), steps=origin.steps, guidance=origin.guidance)
+    if origin.decoder is not None:
+        base = checkpoints.add(base, consistency.COMPONENT, Path(origin.decoder), consistency.CLASS)
+        consistency.check(base)
+    return base
 
 
 def _own(model: OwnModel, origin: Origin) -> Checkpoint:
@@ -104,10 +113,18 @@ def _own(model: OwnModel, origin: Origin) -> Checkpoint:
 
 
 def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
-    """The graphs of a checkpoint by name, its refiner's among them; what lies between the two is left out.
+    """The graphs of a checkpoint by name, those of its refiner and of a consistency decoder among them.
 
-    Raises DexportError for options that the model does not have.
+    What lies between two of them is left out. Raises DexportError for options that the model does not have.
     """
+    made = _specs(checkpoint, shape)
+    if consistency.component(checkpoint) is None:
+        return made
+    unused = _stages(checkpoint, shape)[-1].decoder
+    return {name: spec for name, spec in made.items() if name != unused} | consistency.specs(checkpoint, shape)
+
+
+def _specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
     own = steering.specs(checkpoint, shape, checkpoint.family.specs(checkpoint, shape))
     if checkpoint.chunks > 1 and not any(spec.sizes for spec in own.values()):
         raise DexportError(f"long prompts are for models of CLIP's states; leave them out for a {checkpoint.pipeline}")
@@ -130,7 +147,12 @@ def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
 
     Raises DexportError for two checkpoints of which one cannot go on with what the other made.
     """
-    return tuple(_with_defaults(stage, checkpoint) for stage in _stages(checkpoint, shape))
+    every = _stages(checkpoint, shape)
+    if consistency.component(checkpoint) is not None:
+        every = consistency.stages(checkpoint, shape, every)
+    asked = cascade.main(every)
+    several = asked != cascade.ways(every)[0]
+    return tuple(_with_defaults(stage, checkpoint, several) if stage in asked else stage for stage in every)
 
 
 def _stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
@@ -162,14 +184,15 @@ def _stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
     )
 
 
-def _with_defaults(stage: Stage, asked: Checkpoint) -> Stage:
+def _with_defaults(stage: Stage, asked: Checkpoint, several: bool) -> Stage:
     if asked.steps is not None:
         stage = replace(stage, steps=asked.steps)
     if asked.guidance is None:
         return stage
     if stage.guidance.kind == "none" and asked.guidance > 1:
         raise DexportError("this model was made to draw without guidance; leave --guidance out")
-    kind = "none" if stage.guidance.kind == "cfg" and asked.guidance <= 1 else stage.guidance.kind
+    # Of several ways that start from noise the main one is known by its guidance, and stays the main one.
+    kind = "none" if stage.guidance.kind == "cfg" and asked.guidance <= 1 and not several else stage.guidance.kind
     return replace(stage, guidance=replace(stage.guidance, kind=kind, scale=float(asked.guidance)))
 
 
@@ -187,9 +210,10 @@ def token_inputs(checkpoint: Checkpoint) -> dict[str, tuple[TokenizerFiles, Toke
         if part is None:
             continue
         for name, tokens in part.family.token_inputs(part).items():
-            # "tokenizer_2_refiner": a bundle's folder of a tokenizer begins with that word
-            tokens = replace(tokens, input=f"{prefix}{tokens.input}")
-            found[f"{name}{ending}"] = (part.tokenizers[name], tokens, part.words)
+            # "tokenizer_2_refiner", "tokenizer_prior": a bundle's folder of a tokenizer begins with that word
+            whose, _, number = name.partition("tokenizer")
+            place = f"tokenizer{number}{f'_{whose}'.rstrip('_')}{ending}"
+            found[place] = (part.tokenizers[name], replace(tokens, input=f"{prefix}{tokens.input}"), part.words)
     return found
 
 

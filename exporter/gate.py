@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from exporter import reference
 from exporter.checkpoint import Checkpoint
-from runtimes import example, subject
+from runtimes import cascade, example, subject
 from runtimes.accuracy import BANDS, Agreement, compare, psnr, ssim
 from runtimes.accuracy import band as band_of
 from runtimes.errors import DexportError, GateError, Progress, silent
@@ -28,7 +28,7 @@ from runtimes.safetensors import write
 from runtimes.session import Session, run_batched
 
 Array = NDArray[Any]
-STEPS = 6  # model calls of the free run: enough timesteps to see drift, few enough for a large model on a CPU
+STEPS = 6  # of each way of the free run: enough timesteps to see drift, few enough for a large model on a CPU
 
 
 @dataclass(frozen=True)
@@ -106,17 +106,17 @@ def one_at_a_time(load: Callable[[str], Session]) -> Callable[[str], Session]:
 def record(checkpoint: Checkpoint, model: Model, hub: Path, progress: Progress = silent) -> Reference:
     """Run the torch model through the pipeline and keep all that the gate compares with."""
     calls: dict[str, list[Call]] = {name: [] for name in model.graphs}
-    (_, height, width), factor = model.stages[0].sample, model.stages[0].factor
-    size = (height * factor, width * factor)
+    last = model.stages[-1]
+    size = (last.sample[1] * last.factor, last.sample[2] * last.factor)
     open_graph = one_at_a_time(lambda name: TorchSession(checkpoint, name, model.graphs[name], calls[name], size))
-    request = example.request(model, example.first(model), steps=STEPS)
+    request = example.request(model, example.first(model), steps=cascade.few(model.stages, STEPS))
     pipeline = Pipeline(model, hub, open_graph)
     latents = []
     for step in pipeline.generate(request):
         progress(f"reference: step {step.index + 1}/{step.total}", step.index / (step.total + 1))
         latents.append(step.sample)
     image = pipeline.decode(latents[-1])
-    encoder = model.stages[0].encoder
+    encoder = cascade.main(model.stages)[0].encoder
     if encoder is not None:
         open_graph(encoder).run({"image": image})
     progress("reference: done", 1.0)
@@ -183,7 +183,7 @@ def prove(
         "gate": "passed",
         "reference": "torch fp32",
         **subject.settings(model, reference_.request, 0),
-        "steps": STEPS,
+        "steps": reference_.request.steps,
         "band": asdict(band),
         "graphs": graphs,
         "latents_sqnr_db": [round(value, 2) for value in drift],

@@ -126,7 +126,7 @@ def _read_folder(named: Named, classes: Sequence[str], files: dict[str, Path]) -
     if not found:
         said = next(filter(None, named_classes), None)
         raise DexportError(f"{folder}: config.json says {said!r:.60}; it must be {' or '.join(classes)}")
-    entries = read_weights(folder, used)
+    entries = read_weights(folder, named.name, used)
     files |= {f"{named.name}/{path.name}": path for path in used.values()}
     return Component(named.name, found[0], folder, config, entries)
 

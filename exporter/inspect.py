@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtimes import bundle
+from runtimes import bundle, cascade
 from runtimes.errors import DexportError
 from runtimes.manifest import Graph, Model, Stage, Tensor
 from runtimes.safetensors import Stored
@@ -67,7 +67,7 @@ def _model(model: Model, sizes: Mapping[str, int]) -> dict[str, Any]:
         "family": model.family,
         "pipeline": model.pipeline,
         "size": sum(sizes.values()),
-        **(_stage(model.stages[0]) if model.stages else {}),  # a hub of chosen graphs may hold no whole stage
+        **(_main(model) if model.stages else {}),  # a hub of chosen graphs may hold no whole stage
         **({"stages": {stage.name: _span(stage) for stage in model.stages}} if len(model.stages) > 1 else {}),
         **({"adapters": {item.path: item.scale for item in model.adapters}} if model.adapters else {}),
         **({"words": words} if (words := [item.word for item in model.adapters if item.word]) else {}),
@@ -77,9 +77,10 @@ def _model(model: Model, sizes: Mapping[str, int]) -> dict[str, Any]:
     }
 
 
-def _stage(stage: Stage) -> dict[str, Any]:
+def _main(model: Model) -> dict[str, Any]:
+    stage, last = cascade.main(model.stages)[0], model.stages[-1]
     return {
-        "image": f"{stage.sample[1] * stage.factor}x{stage.sample[2] * stage.factor} pixels",
+        **({"image": _pixels(last)} if len(last.sample) == 3 else {}),
         "sampler": stage.scheduler["_class_name"],
         "steps": stage.steps,
         "guidance": f"{stage.guidance.kind}, scale {stage.guidance.scale:g}",
@@ -88,9 +89,14 @@ def _stage(stage: Stage) -> dict[str, Any]:
     }
 
 
+def _pixels(stage: Stage) -> str:
+    return f"{stage.sample[1] * stage.factor}x{stage.sample[2] * stage.factor} pixels"
+
+
 def _span(stage: Stage) -> str:
     start, end = stage.span
-    return f"{stage.denoiser}, from {start:g} to {end:g} of the way out of noise"
+    gives = f", to {stage.gives} for those after it" if stage.gives else ""
+    return f"{stage.denoiser}, {stage.steps} steps, from {start:g} to {end:g} of the way out of noise{gives}"
 
 
 def _graph(graph: Graph, sizes: Mapping[str, int]) -> dict[str, Any]:

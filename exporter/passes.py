@@ -192,6 +192,33 @@ def _same_size(one: ir.Value, other: ir.Value) -> bool:
     return bool(sizes[0]) and sizes[0] == sizes[1] and None not in sizes[0]
 
 
+def spread_masks(model: ir.Model) -> tuple[ir.Model, bool]:
+    """Spread a mask that is the same for all queries over them, [B, 1, 1, K] to [B, 1, Q, K].
+
+    ONNX's Attention spreads it by itself; ONNX Runtime's kernel, as of 1.32, takes such a mask for one of one query.
+    """
+    modified = False
+    for node in list(model.graph):
+        mask = node.inputs[3] if node.op_type == "Attention" and len(node.inputs) > 3 else None
+        query = node.inputs[0]
+        shape = mask.shape if mask is not None else None
+        if mask is None or shape is None or len(shape) != 4 or shape[2] != 1 or query is None:
+            continue
+        one = ir.tensor([1], name=f"{node.name}_one")
+        ones = ir.Value(name=one.name, shape=ir.Shape([1]), type=ir.TensorType(one.dtype), const_value=one)
+        model.graph.initializers.add(ones)
+        queries = ir.node("Shape", [query], {"start": 2, "end": 3})
+        sizes = ir.node("Concat", [ones, ones, queries.outputs[0], ones], {"axis": 0})
+        spread = ir.node("Expand", [mask, sizes.outputs[0]])
+        spread.outputs[0].type = mask.type
+        for new in (queries, sizes, spread):
+            new.outputs[0].name = f"{node.name}_{new.op_type}"
+            model.graph.insert_before(node, new)
+        node.replace_input_with(3, spread.outputs[0])
+        modified = True
+    return model, modified
+
+
 def drop_unused(model: ir.Model) -> tuple[ir.Model, bool]:
     """Remove nodes without a use, and weights such as the encoder's in a decoder's graph."""
     return model, RemoveUnusedNodesPass()(model).modified
@@ -240,6 +267,7 @@ HUB: tuple[Pass, ...] = (
     keep_epsilons,
     optimize,
     drop_ones,
+    spread_masks,
     drop_unused,
     drop_formulas,
     strip,

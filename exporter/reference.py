@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,31 +28,44 @@ def load(checkpoint: Checkpoint, graph: str, size: tuple[int, int] | None = None
         raise DexportError(f"no graph {graph!r}; there are {', '.join(specs)}")
     modules = trace.build(specs[graph])
     entries = bind(ensemble.owner(checkpoint, graph), parameter_shapes(modules), tied(modules))
-    for path, module in modules.named_modules():
-        own = {name: entries[f"{path}.{name}"] for name, value in module._parameters.items() if value is not None}
-        # A family's function may take tables beside layers without calling the module, and a module of one's own the
-        # weights of a part that it does not call.
-        if checkpoint.in_memory or (own and next(module.children(), None) is not None):
-            _fill(module, own)
-        elif own:
-            _lend(module, own)
+    if checkpoint.in_memory:  # so are the weights; and one's own module may use those of a part that it does not call
+        for path, module in modules.named_modules():
+            _fill(module, _own(module, path, entries))
+    else:
+        lend(modules, entries)
     return modules
 
 
-def _fill(module: torch.nn.Module, entries: dict[str, Stored]) -> None:
+def lend(modules: torch.nn.Module, entries: Mapping[str, Stored]) -> None:
+    """Give each layer its weights, by parameter name in ``entries``, for the time of each call.
+
+    What a module with layers in it has beside them may be asked for from outside of its call, so it is there for that
+    of all ``modules``.
+    """
+    for path, module in modules.named_modules():
+        if own := _own(module, path, entries):
+            _lend(module, own, modules if any(module.children()) else module)
+
+
+def _own(module: torch.nn.Module, path: str, entries: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The weights of a module itself, by its own names."""
+    return {name: entries[f"{path}.{name}"] for name, value in module._parameters.items() if value is not None}
+
+
+def _fill(module: torch.nn.Module, entries: Mapping[str, Stored]) -> None:
     for name, entry in entries.items():
         module._parameters[name] = torch.nn.Parameter(torch.from_numpy(widen(entry)), requires_grad=False)
 
 
-def _lend(module: torch.nn.Module, entries: dict[str, Stored]) -> None:
-    """Give ``module`` its own parameters' values for the time of each call."""
+def _lend(module: torch.nn.Module, entries: dict[str, Stored], called: torch.nn.Module) -> None:
+    """Give ``module`` its own parameters' values for the time of each call of ``called``."""
     empty = {name: module._parameters[name] for name in entries}
 
-    def fill(module: torch.nn.Module, inputs: Any) -> None:
+    def fill(_: torch.nn.Module, inputs: Any) -> None:
         _fill(module, entries)
 
-    def drop(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+    def drop(_: torch.nn.Module, inputs: Any, output: Any) -> None:
         module._parameters.update(empty)
 
-    module.register_forward_pre_hook(fill)
-    module.register_forward_hook(drop, always_call=True)
+    called.register_forward_pre_hook(fill)
+    called.register_forward_hook(drop, always_call=True)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from exporter.gate import Proof, Reference
-from runtimes import subject
+from runtimes import cascade, subject
 from runtimes.image import to_images
 from runtimes.manifest import Model
 
@@ -54,17 +54,25 @@ def render(
 
 
 def _facts(model: Model, recipe: Mapping[str, Any]) -> str:
-    stage = model.stages[0]
+    stage, every = cascade.main(model.stages)[0], cascade.ways(model.stages)
     rows = [
         ("family", model.family),
         ("image", f"{recipe['shape'][0]}x{recipe['shape'][1]} pixels" + (", any size" * recipe["dynamic_shape"])),
         ("sampler", f"{stage.scheduler['_class_name']}, {stage.steps} steps"),
         ("guidance", f"{stage.guidance.kind}, {stage.guidance.scale:g}"),
         *([("classes", str(stage.labels.count))] if stage.labels else []),
-        *((one.name, f"from {one.span[0]:g} to {one.span[1]:g} of the way") for one in model.stages[1:]),
+        *((one.name, f"from {one.span[0]:g} to {one.span[1]:g} of the way") for way in every for one in way[1:]),
+        *((way[0].name, _way(way)) for way in every if len(every) > 1),
         ("weights", f"{sum(file.size for file in model.source) / 1e6:.1f} MB in {len(model.source)} files"),
     ]
     return _table((), rows)
+
+
+def _way(way: cascade.Way) -> str:
+    """What a stage that starts from noise of its own does, where there are several."""
+    first, gives = way[0], way[-1].gives
+    told = f"{first.scheduler['_class_name']}, {first.steps} steps, guidance {first.guidance.scale:g}"
+    return f"{told}; draws {'the picture' if gives is None else f'{gives} for those after it'}"
 
 
 def _pictures(model: Model, reference: Reference, image: NDArray[Any] | None) -> str:
@@ -81,7 +89,7 @@ def _pictures(model: Model, reference: Reference, image: NDArray[Any] | None) ->
     ]
     request = reference.request
     of = " ".join(f"{name} “{value}”," for name, value in subject.settings(model, request, 0).items())
-    return f"<p>{escape(of)} {request.steps} steps, seed {request.seed}</p>\n" + "\n".join(figures)
+    return f"<p>{escape(of)} {cascade.described(request.steps)} steps, seed {request.seed}</p>\n" + "\n".join(figures)
 
 
 def _agreement(accuracy: Mapping[str, Any]) -> str:
@@ -115,7 +123,8 @@ def _fp16(found: Mapping[str, Any]) -> str:
     return (
         f"<h2>fp16: {len(rows)} islands in float32</h2>"
         f"<p>fp16 ends at {found['limit']:g}. Nodes stay float32 whose values come within a factor of "
-        f"{found['margin']:g} of it, in {len(found['prompts'])} pictures of {found['steps']} steps in fp32.</p>"
+        f"{found['margin']:g} of it, in {len(found['prompts'])} pictures of "
+        f"{cascade.described(found['steps'])} steps in fp32.</p>"
         + _table(("graph", "greatest value", "islands"), peaks)
         + (_table(("graph", "from", "to", "nodes", "greatest value"), rows) if rows else "")
     )

@@ -13,7 +13,7 @@ from runtimes.errors import DexportError
 
 END = "<|endoftext|>"
 START = "<|startoftext|>"
-VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 Side = Literal["right", "left"]
 RIGHT: Side = "right"
 DEFAULTS = {"bos_token": START, "eos_token": END, "pad_token": END}  # CLIPTokenizer's

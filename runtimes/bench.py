@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -11,13 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from runtimes import bundle, example
+from runtimes import bundle, cascade, example
 from runtimes.conditioning import constants
 from runtimes.errors import DexportError, Progress, silent
 from runtimes.manifest import Graph, Stage
 from runtimes.pipeline import Pipeline
 from runtimes.session import Array, Session, require, run_batched
 from runtimes.target import Target
+
+FEWEST = 2  # steps of each way of a model with several; some samplers make no fewer
 
 
 def bench(
@@ -55,7 +58,7 @@ def bench(
         load = time.perf_counter() - begin
         stage = stages.get(name, manifest.model.stages[0])
         batch = images * (2 if graph.kind == "denoiser" and stage.guidance.kind == "cfg" else 1)
-        inputs = _inputs(graph, stage, batch)
+        inputs = _inputs(graph, stage, cascade.sizes(manifest.model), batch)
         calls = [_seconds(session, inputs) for _ in range(repeats + 1)]
         sessions[name] = session
         graphs[name] = {
@@ -82,7 +85,11 @@ def bench(
 def _warm(pipeline: Pipeline, images: int) -> None:
     """Go each graph's way once with the shapes of the request that is timed: a new shape may cost a compilation."""
     model = pipeline.model
-    step = next(pipeline.generate(example.request(model, example.first(model), images=images)))
+    request = example.request(model, example.first(model), images=images)
+    if len(cascade.ways(model.stages)) > 1:
+        *_, step = pipeline.generate(replace(request, steps=cascade.few(model.stages, FEWEST)))
+    else:
+        step = next(pipeline.generate(request))
     pipeline.decode(step.sample)
 
 
@@ -101,14 +108,12 @@ def _image(pipeline: Pipeline, images: int) -> dict[str, Any]:
     return {"steps": len(ends), "step_seconds": median(steps), "image_seconds": whole}
 
 
-def _inputs(graph: Graph, stage: Stage, batch: int) -> Mapping[str, Array]:
+def _inputs(graph: Graph, stage: Stage, sizes: Mapping[str, int], batch: int) -> Mapping[str, Array]:
     """Inputs of the right shapes whose values a model can see in use; speed does not depend on them further."""
     random = np.random.default_rng(0)
-    free = {"batch": batch, "height": stage.sample[1], "width": stage.sample[2]}
+    free = {"batch": batch, **sizes, **{name: few[0] for name, few in graph.sizes.items()}}
     scales = {hint.scale: hint.default for hint in stage.hints}
     pictures = ("image", *(hint.input for hint in stage.hints))
-    free |= {"image_height": stage.sample[1] * stage.factor, "image_width": stage.sample[2] * stage.factor}
-    free |= {name: sizes[0] for name, sizes in graph.sizes.items()}
     inputs: dict[str, Array] = {}
     for tensor in graph.inputs:
         shape = [free[side] if isinstance(side, str) else side for side in tensor.shape]

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import PurePosixPath
 
-from runtimes import conditioning, subject, timetable
+from runtimes import cascade, conditioning, subject, timetable
 from runtimes.accuracy import BANDS
 from runtimes.errors import DexportError, IntegrityError
 from runtimes.manifest import PROMPT, SEQUENCE, Graph, Kind, Manifest, Model, Stage, Tensor, Tokenizer
@@ -33,7 +33,7 @@ NUMBER = re.compile(r"0|[1-9][0-9]{0,6}", re.ASCII)
 TENSORS: dict[Kind, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "text": ((), ()),
     "denoiser": (("sample", "timestep"), ("output",)),
-    "decoder": (("sample",), ("image",)),
+    "decoder": (("sample",), ()),  # "image", or what its stage gives
     "encoder": (("image",), ("sample",)),
     "hint": (("image",), ()),
 }
@@ -87,7 +87,9 @@ def check_model(model: Model, where: str, *, whole: bool = True) -> None:
     for index, stage in enumerate(model.stages):
         _check_stage(model, stage, f"{where}: stages[{index}]")
     if whole:
-        _check_way(model.stages, where)
+        for way in cascade.ways(model.stages):
+            _check_way(way, where)
+        _check_given(model, where)
 
 
 def _check_graph(name: str, graph: Graph, where: str) -> None:
@@ -174,8 +176,10 @@ def _check_stage(model: Model, stage: Stage, where: str) -> None:
     for kind, name in roles:
         if name is not None and (name not in model.graphs or model.graphs[name].kind != kind):
             raise _wrong(where, kind, name, f"a graph of the kind {kind}")
-    if len(stage.sample) != 3 or not all(1 <= side <= SIDE for side in stage.sample):
-        raise _wrong(where, "sample", stage.sample, f"three numbers from 1 to {SIDE}")
+    is_last = stage is model.stages[-1]
+    ranks = (3,) if is_last or stage.gives is None else range(1, RANK)
+    if len(stage.sample) not in ranks or not all(1 <= side <= SIDE for side in stage.sample):
+        raise _wrong(where, "sample", stage.sample, f"three numbers from 1 to {SIDE}, or fewer where it is given on")
     picture = [3, *(side * stage.factor for side in stage.sample[1:])]
     if stage.factor < 1 or max(picture) > SIDE or max(math.prod(picture), math.prod(stage.sample)) > ELEMENTS:
         raise _wrong(where, "sample and factor", (stage.sample, stage.factor), f"at most {ELEMENTS} numbers a picture")
@@ -207,7 +211,9 @@ def _check_inputs(graph: Graph, stage: Stage, where: str) -> None:
     """The denoiser must take the stage's sample, and the values that the stage has for further inputs."""
     tensors = {tensor.name: tensor for tensor in graph.inputs}
     sides = tensors["sample"].shape[1:]
-    fits = len(sides) == 3 and all(isinstance(a, str) or a == b for a, b in zip(sides, stage.sample, strict=True))
+    fits = len(sides) == len(stage.sample) and all(
+        isinstance(a, str) or a == b for a, b in zip(sides, stage.sample, strict=True)
+    )
     if not fits:
         raise _wrong(where, "sample", stage.sample, f"the denoiser's {list(sides)}")
     for name, value in (*stage.inputs.items(), *stage.negative.items()):
@@ -276,6 +282,53 @@ def _check_way(stages: Sequence[Stage], where: str) -> None:
         raise DexportError(f"{where}: the stages' samples differ; one must go on with what the other made")
     if not all(subject.alike(stages[0], stage) for stage in stages):
         raise DexportError(f"{where}: the stages must all take a prompt, or the same classes, or neither")
+
+
+def _check_given(model: Model, where: str) -> None:
+    """What a way ends with must be an input of a denoiser after it; the last one ends with the picture."""
+    every = cascade.ways(model.stages)
+    names = [way[0].name for way in every]
+    if any(stage.gives_negative and (stage.gives is None or stage.text is None) for stage in model.stages):
+        raise DexportError(f"{where}: gives_negative is for a stage that gives what it makes of a prompt")
+    if model.stages[-1].gives is not None:
+        raise _wrong(where, "the last stage's gives", model.stages[-1].gives, "null, since it draws the picture")
+    if len(set(names)) != len(names):
+        raise _wrong(where, "the stages' names", names, "different, since they start from noise of their own")
+    for index, way in enumerate(every):
+        stage, first = way[-1], way[0]
+        if not (subject.alike(first, model.stages[0]) or subject.needs_nothing(first)):
+            raise DexportError(f"{where}: {first.name!r:.60} must take the first stage's prompt or classes, or nothing")
+        decoder = None if stage.decoder is None else model.graphs[stage.decoder]
+        made = {tensor.name: tensor for tensor in decoder.outputs} if decoder else {}
+        result = stage.gives or "image"
+        if decoder is not None and result not in made:
+            raise DexportError(f"{where}: graphs: {stage.decoder}: a decoder must have {result!r:.60} here")
+        if stage.gives is None:
+            continue
+        denoisers = [model.graphs[later.denoiser] for one in every[index + 1 :] for later in one]
+        taken = [tensor for graph in denoisers for tensor in graph.inputs if tensor.name == result]
+        if not taken or result in (*TENSORS["denoiser"][0], *ASKED):
+            raise _wrong(where, f"what {stage.name!r:.60} gives", result, "a further input of a later denoiser")
+        shape = made[result].shape[1:] if decoder else _sample(model, stage).shape[1:]
+        others = [made[name] for name in [cascade.NEGATIVE + result] if name in made]
+        if any(not _meets(tensor, shape) for tensor in (*taken, *others)):
+            raise _wrong(where, f"what {stage.name!r:.60} gives", shape, "of the shape that later denoisers take")
+    free = [cascade.is_free(model, stage) for stage in model.stages if len(stage.sample) == 3]
+    if any(free) and not free[-1]:
+        raise DexportError(f"{where}: the last stage's samples have one size alone, where those before it are free")
+
+
+def _meets(tensor: Tensor, shape: Sequence[int | str]) -> bool:
+    """Whether what is given with a ``shape``, without batch, can be a tensor's."""
+    sides = tensor.shape[1:]
+    fits = len(sides) == len(shape) and all(
+        isinstance(a, str) or isinstance(b, str) or a == b for a, b in zip(sides, shape, strict=True)
+    )
+    return fits and tensor.dtype == "float32"
+
+
+def _sample(model: Model, stage: Stage) -> Tensor:
+    return next(tensor for tensor in model.graphs[stage.denoiser].inputs if tensor.name == "sample")
 
 
 def _check_labels(graph: Graph, stage: Stage, where: str) -> None:

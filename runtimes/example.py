@@ -46,13 +46,13 @@ def request(model: Model, names: str | Sequence[str], **settings: Any) -> Reques
     else:
         settings["images"] = len(every) * settings.get("images", 1)
     if subject.shown(model):
-        settings["image"] = _colours(settings.get("seed", 0), stage.sample[1:])
-    height, width = (side * stage.factor for side in stage.sample[1:])
-    pictures = {
+        settings["image"] = _colours(settings.get("seed", 0), model.stages[-1].sample[1:])
+    last = model.stages[-1]  # whose samples are pictures, or latents of such
+    height, width = (side * last.factor for side in last.sample[1:])
+    settings["hints"] = {
         hint.name: _colours(settings.get("seed", 0) + i, (height, width))
         for i, hint in enumerate(hints.taken(model), 1)
     }
-    settings["hints"] = pictures
     if subject.paints(model):
         settings["image"] = _colours(settings.get("seed", 0), (height, width))
         settings["mask"] = Image.new("L", (width, height))

@@ -119,7 +119,7 @@ class Stage:
     text: str | None
     decoder: str | None
     encoder: str | None
-    sample: tuple[int, ...]  # default shape of the loop's sample, without batch: [C, h, w]
+    sample: tuple[int, ...]  # default shape of the loop's sample, without batch: [C, h, w], or [D] of an embedding
     factor: int  # pixels of the image for each element of the sample, along height and width
     scheduler: Mapping[str, Any]  # the checkpoint's scheduler_config.json, "_class_name" included
     guidance: Guidance
@@ -137,6 +137,11 @@ class Stage:
     hints: tuple[HintInput, ...] = field(default_factory=tuple)  # pictures that steer the denoiser
     # The text graph's outputs [B, S, D] with a state for each token, which words may weigh and long prompts are joined.
     states: tuple[str, ...] = ()
+    # The input of later denoisers that its result is: its last sample, or what its decoder makes of it. The stages
+    # after it start from noise of their own, with samples of another shape.
+    gives: str | None = None
+    # With a negative prompt it draws what that gives too, for the calls with it.
+    gives_negative: bool = False
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from runtimes import bundle, conditioning, guidance, hints, inpaint, loop, samplers, subject, timetable
+from runtimes import bundle, cascade, conditioning, guidance, hints, inpaint, loop, samplers, subject, timetable
 from runtimes.errors import DexportError, Progress, silent
 from runtimes.image import to_array, to_images
 from runtimes.manifest import Manifest, Model, Stage
@@ -43,9 +43,11 @@ class Request:
     negative_prompt: str = ""
     labels: int | str | Sequence[int | str] = ()
     images: int = 1  # for each prompt or label
-    steps: int | None = None
-    # Up to 1 the negative prompt is not used, and a step costs half. Several scales are spread over the steps.
-    guidance: float | Sequence[float] | None = None
+    # Of the main stage, where there are several that start from noise; or of each by its name: {"prior": 25}.
+    steps: int | Mapping[str, int] | None = None
+    # Up to 1 the negative prompt is not used, and a step costs half. Several scales are spread over the steps. By name
+    # as the steps.
+    guidance: float | Sequence[float] | Mapping[str, float | Sequence[float]] | None = None
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # the part of the steps that is guided
     guidance_rescale: float = 0.0  # 0 to 1: how far the contrast that guidance adds is taken back
     seed: int = 0
@@ -80,6 +82,7 @@ class Pipeline:
         self.manifest: Manifest | None = None
         self._open = open_graph
         self.prompts = Prompts(model, folder, open_graph)
+        self._main = cascade.main(model.stages)[0]
 
     @classmethod
     def load(
@@ -108,14 +111,13 @@ class Pipeline:
     def __call__(self, prompt: str | Sequence[str] = (), *, progress: Progress = silent, **settings: Any) -> Result:
         """Draw; ``settings`` are the fields of ``Request``."""
         request = Request([prompt] if isinstance(prompt, str) else list(prompt), **settings)
-        first = self.model.stages[0]
-        if first.strength is not None and request.image is None:
+        if self._main.strength is not None and request.image is None:
             raise DexportError("this model reworks pictures and draws none from noise; give one with --image")
         for step in self.generate(request):
             progress(f"step {step.index + 1}/{step.total}", (step.index + 1) / step.total)
         images = to_images(self.decode(step.sample, request))
         warnings = []
-        if request.negative_prompt and first.guidance.kind != "cfg":
+        if request.negative_prompt and all(stage.guidance.kind != "cfg" for stage in self.model.stages if stage.text):
             warnings.append("this model takes no negative prompt: it was left out")
         if request.prompts:
             asked = {"prompt": request.prompts, "negative prompt": [request.negative_prompt]}
@@ -123,20 +125,43 @@ class Pipeline:
         settings_ = [{**self._settings(request, i), "size": [p.height, p.width]} for i, p in enumerate(images)]
         return Result(images, settings_, warnings)
 
-    def generate(self, request: Request, noise: Callable[[], Array] | None = None) -> Iterator[loop.Step]:
+    def generate(
+        self, request: Request, noise: Callable[[], Array] | Sequence[Callable[[], Array]] | None = None
+    ) -> Iterator[loop.Step]:
         """Yield each step of the loop; the last one's ``sample`` is what ``decode`` takes.
 
-        ``noise``: draws of [B, C, h, w] standard normals, the start first; by default from the request's seeds.
+        ``noise``: draws of [B, C, h, w] standard normals, the start first; by default from the request's seeds. Of a
+        model with several ways (runtimes.cascade) a source for each.
         """
         request = self._checked(request)
-        begun, runs = self._begun(request), self._runs(request)
-        count = subject.count(request)
-        shape = self.sample_shape(request)
-        draw = noise or loop.noise_source([request.seed + index for index in range(count)], shape)
-        start = draw()
-        if start.shape != (count, *shape):
-            raise DexportError(f"the start noise has shape {list(start.shape)}, not {[count, *shape]}")
-        known, mask = None, self._kept_mask(request)
+        ways, count = cascade.ways(self.model.stages), subject.count(request)
+        requests = [cascade.requests(request, way) for way in ways]
+        runs = [[self._runs(one, way) for one in each] for way, each in zip(ways, requests, strict=True)]
+        sources = [noise] if callable(noise) else noise
+        done, total = 0, sum(len(table.rows) for each in runs for run in each for _, table in run)
+        given: dict[str, cascade.Given] = {}
+        for index, way in enumerate(ways):
+            shape, results = self.sample_shape(request, way[0]), []
+            seeds = cascade.seeds(request.seed, count, index)
+            draw = sources[index] if sources else loop.noise_source(seeds, shape)
+            for one, run in zip(requests[index], runs[index], strict=True):
+                for step in self._draw(one, run, (count, *shape), draw, given):
+                    yield replace(step, index=done, total=total)
+                    done += 1
+                if way[-1].gives is not None:
+                    results.append(self._made(way[-1], step.sample))
+            given |= cascade.given(way[-1], results)
+
+    def _draw(
+        self, request: Request, runs: list[tuple[Stage, samplers.Table]], shape: tuple[int, ...],
+        draw: Callable[[], Array], given: Mapping[str, cascade.Given],
+    ) -> Iterator[loop.Step]:  # fmt: skip
+        """The steps of one way, whose samples have a ``shape``, one stage after the other."""
+        start, known = draw(), None
+        if start.shape != shape:
+            raise DexportError(f"the start noise has shape {list(start.shape)}, not {list(shape)}")
+        begun = self._begun(request) if runs[0][0] in cascade.main(self.model.stages) else None
+        mask = None if begun is None else self._kept_mask(request)
         of_picture = request.mask is None or self._strength(request) < 1  # else only what the mask leaves is
         if begun is not None and (of_picture or mask is not None):
             (stage, table), *others = runs
@@ -147,11 +172,10 @@ class Pipeline:
             if of_picture:
                 start = signal * image + noisy * start
                 runs = [(stage, replace(table, init_scale=1.0)), *others]
-        done, total = 0, sum(len(table.rows) for _, table in runs)
         for stage, table in runs:
-            for step in loop.sample(table, start, self._denoiser(stage, request, table), draw, known):
-                yield replace(step, index=done + step.index, total=total)
-            done, start = done + len(table.rows), step.sample
+            for step in loop.sample(table, start, self._denoiser(stage, request, table, given), draw, known):
+                yield step
+            start = step.sample
 
     def _begun(self, request: Request) -> Image.Image | None:
         """The picture that the loop starts from; a model that is shown the request's starts from noise."""
@@ -161,30 +185,33 @@ class Pipeline:
         """What of the sample the loop puts back after each step; nothing where the denoiser itself is told the mask."""
         if request.mask is None or subject.paints(self.model):
             return None
-        return inpaint.kept(request.mask, self._pixels(request), self.model.stages[0].factor)
+        return inpaint.kept(request.mask, self._pixels(request), self._main.factor)
 
-    def _runs(self, request: Request) -> list[tuple[Stage, samplers.Table]]:
-        """The stages with their tables; they share the steps, and the scales of guidance run over all of them.
+    def _runs(self, request: Request, way: cascade.Way) -> list[tuple[Stage, samplers.Table]]:
+        """The stages of a way with their tables; they share the steps, and guidance's scales run over all of them.
 
         A stage that ends before the step which a picture starts at has nothing to do, and is left out.
         """
         stages: list[Stage] = []
         tables: list[samplers.Table] = []
-        shape = self.sample_shape(request)
-        for stage in self.model.stages:
-            steps = request.steps or stage.steps
-            config = samplers.pick(stage.scheduler, request.sampler, image=self._begun(request) is not None)
-            begin = self._first_step(request, steps)
+        asked = way == cascade.main(self.model.stages)
+        begun = asked and self._begun(request) is not None
+        shape = self.sample_shape(request, way[0])
+        for stage in way:
+            steps = cascade.setting(self.model.stages, way, request.steps) or stage.steps
+            config = samplers.pick(stage.scheduler, request.sampler if asked else None, image=begun)
+            begin = self._first_step(request, steps) if begun else 0
             if begin >= stage.span[1] * steps:
                 continue
             stages.append(stage)
             table = timetable.compile_stage(stage, steps, shape, scheduler=config, begin=begin)
             tables.append(replace(table, init_scale=1.0) if tables else table)  # what follows takes a sample as it is
         rows = tuple(row for table in tables for row in table.rows)
-        if request.mask is not None and not subject.paints(self.model):
+        if request.mask is not None and asked and not subject.paints(self.model):
             rows = inpaint.keep(rows)
         rows = hints.plan(rows, self.model, request)
-        planned = guidance.plan(samplers.Table(rows, 1.0), self._scale(request), request.guidance_interval)
+        interval = request.guidance_interval if asked else (0.0, 1.0)
+        planned = guidance.plan(samplers.Table(rows, 1.0), self._scale(request, way), interval)
         guided = iter(planned.rows)
         return [
             (stage, replace(table, rows=tuple(islice(guided, len(table.rows)))))
@@ -196,27 +223,32 @@ class Pipeline:
         name = self.model.stages[-1].decoder
         latents = np.ascontiguousarray(sample, np.float32)
         image = latents if name is None else run_batched(self._open(name), {"sample": latents})["image"]
-        if not np.isfinite(image).all():
-            raise DexportError(
-                "the decoder gave values that are not finite: its precision overflows; build the bundle with "
-                "--precision fp32 or bf16"
-            )
-        return image
+        return _finite(image)
 
     def encode(self, images: Array) -> Array:
         """Turn images, float [B, 3, H, W] in [0, 1], into samples as the loop takes them."""
-        name = self.model.stages[0].encoder
+        name = self._main.encoder
         if name is None:
             raise DexportError("this bundle has no encoder")
         return run_batched(self._open(name), {"image": np.ascontiguousarray(images, np.float32)})["sample"]
 
-    def sample_shape(self, request: Request) -> tuple[int, ...]:
-        """The shape of one sample [C, h, w] that the request asks for."""
-        stage = self.model.stages[0]
-        factor, fixed, size = stage.factor, self._fixed_size(stage), request.size
+    def _made(self, stage: Stage, sample: Array) -> dict[str, Array]:
+        """What a stage gives to later ones, by name: its last sample, or what its decoder makes of it."""
+        latents = np.ascontiguousarray(sample, np.float32)
+        if stage.decoder is None:
+            return {str(stage.gives): latents}
+        outputs = run_batched(self._open(stage.decoder), {"sample": latents})
+        return {name: _finite(value) for name, value in outputs.items()}
+
+    def sample_shape(self, request: Request, stage: Stage | None = None) -> tuple[int, ...]:
+        """The shape of one sample, [C, h, w] or [D], that the request asks of a stage, by default of the last one."""
+        last, size, multiple = self.model.stages[-1], request.size, cascade.multiple(self.model)
+        stage, fixed = stage or last, None
+        if not cascade.is_free(self.model, last):
+            fixed = last.sample[1] * last.factor, last.sample[2] * last.factor
         if size is None and fixed is None and request.image is not None and subject.shown(self.model):
-            height, width = subject.fitting(request.image, stage.multiple)
-            size = (height * factor, width * factor)
+            height, width = subject.fitting(request.image, last.multiple)
+            size = (height * last.factor, width * last.factor)
         if size is None:
             return stage.sample
         if max(size) > LONGEST_SIDE:
@@ -225,23 +257,22 @@ class Pipeline:
             raise DexportError(
                 f"this bundle makes images of {fixed[0]}x{fixed[1]} pixels; build one with --dynamic-shape for others"
             )
-        if any(side <= 0 or side % (factor * stage.multiple) for side in size):
-            raise DexportError(f"a size must be a multiple of {factor * stage.multiple} pixels; {size} is not")
-        return (stage.sample[0], size[0] // factor, size[1] // factor)
-
-    def _fixed_size(self, stage: Stage) -> tuple[int, int] | None:
-        sample = next(t for t in self.model.graphs[stage.denoiser].inputs if t.name == "sample")
-        if any(isinstance(side, str) for side in sample.shape[2:]):
-            return None
-        return stage.sample[1] * stage.factor, stage.sample[2] * stage.factor
+        if any(side <= 0 or side % multiple for side in size):
+            raise DexportError(f"a size must be a multiple of {multiple} pixels; {size} is not")
+        if not cascade.is_free(self.model, stage):
+            return stage.sample
+        return (stage.sample[0], size[0] // stage.factor, size[1] // stage.factor)
 
     def _checked(self, request: Request) -> Request:
         subject.check(self.model, request)
         hints.chosen(self.model, request)
         if request.images < 1:
             raise DexportError(f"images must be 1 or more, not {request.images}")
-        if request.steps is not None and request.steps < 1:
-            raise DexportError(f"steps must be 1 or more, not {request.steps}")
+        for what, asked in (("steps", request.steps), ("guidance", request.guidance)):
+            cascade.check_names(self.model.stages, what, asked)
+        for steps in request.steps.values() if isinstance(request.steps, Mapping) else [request.steps]:
+            if steps is not None and steps < 1:
+                raise DexportError(f"steps must be 1 or more, not {steps}")
         if request.seed < 0:
             raise DexportError(f"a seed must be 0 or more, not {request.seed}")
         strength: Any = self._strength(request)
@@ -263,26 +294,25 @@ class Pipeline:
             raise DexportError("strength is how much of a picture may change; give --image too, or leave it out")
         if (count := subject.count(request)) > MOST_IMAGES:
             raise DexportError(f"{count} images are too many for one call; ask for {MOST_IMAGES} at most")
-        scales = guidance.numbers(self._scale(request))
-        if self.model.stages[0].guidance.kind == "none" and (scales > 1).any():
-            raise DexportError("this model was made to draw without guidance; leave it out")
+        for way in cascade.ways(self.model.stages):
+            if way[0].guidance.kind == "none" and (guidance.numbers(self._scale(request, way)) > 1).any():
+                raise DexportError("this model was made to draw without guidance; leave it out")
         if request.guidance_batch not in ("batched", "sequential"):
             raise DexportError(f"guidance_batch is 'batched' or 'sequential', not {request.guidance_batch!r}")
         return request
 
-    def _scale(self, request: Request) -> float | Sequence[float]:
-        return self.model.stages[0].guidance.scale if request.guidance is None else request.guidance
+    def _scale(self, request: Request, way: cascade.Way) -> float | Sequence[float]:
+        asked: float | Sequence[float] | None = cascade.setting(self.model.stages, way, request.guidance)
+        return way[0].guidance.scale if asked is None else asked
 
     def _strength(self, request: Request) -> float:
         if request.strength is not None:
             return request.strength
-        own = self.model.stages[0].strength
+        own = self._main.strength
         return 1.0 if request.mask is not None else STRENGTH if own is None else own
 
     def _first_step(self, request: Request, steps: int) -> int:
         """The step that a picture starts at, as in diffusers: int(strength * steps) steps are made."""
-        if self._begun(request) is None:
-            return 0
         strength = float(self._strength(request))
         made = min(int(steps * strength), steps)
         if not made:
@@ -291,22 +321,25 @@ class Pipeline:
 
     def _pixels(self, request: Request) -> tuple[int, int]:
         """Height and width of the images."""
-        factor = self.model.stages[0].factor
+        factor = self.model.stages[-1].factor
         _, height, width = self.sample_shape(request)
         return height * factor, width * factor
 
     def _denoiser(
-        self, stage: Stage, request: Request, table: samplers.Table
+        self, stage: Stage, request: Request, table: samplers.Table, given: Mapping[str, cascade.Given]
     ) -> Callable[[Array, float, samplers.Row], Array]:
-        """The model as the loop calls it: with the prompt's conditioning, and guided where the row says so."""
+        """The model as the loop calls it: with the prompt's conditioning, and guided where the row says so.
+
+        given: what ways before this one made.
+        """
         is_guided = stage.guidance.kind == "cfg" and any(row.guidance > 1 for row in table.rows)
         shown, unshown = hints.encode(
             self.model, stage, request, self._open, self._pixels(request), subject.count(request)
         )
         told, chunks = self._told(request), self._chunks(stage, request, is_guided)
-        with_prompt = {**self._conditioning(stage, request, chunks), **told, **shown}
+        with_prompt = {**self._conditioning(stage, request, chunks, given), **told, **shown}
         if is_guided:
-            without = {**self._conditioning(stage, request, chunks, without=True), **told, **unshown}
+            without = {**self._conditioning(stage, request, chunks, given, without=True), **told, **unshown}
             both = {name: np.concatenate([without[name], with_prompt[name]]) for name in with_prompt}
         session = self._open(stage.denoiser)  # after the text graph, which may be closed by now
 
@@ -339,7 +372,7 @@ class Pipeline:
         """The inputs ``mask`` and ``masked_sample`` of a denoiser that was trained to paint into a picture."""
         if request.image is None or request.mask is None or not subject.paints(self.model):
             return {}
-        image, factor = to_array(request.image, self._pixels(request)), self.model.stages[0].factor
+        image, factor = to_array(request.image, self._pixels(request)), self._main.factor
         return inpaint.conditioning(image, request.mask, factor, subject.count(request), self.encode)
 
     def _chunks(self, stage: Stage, request: Request, is_guided: bool) -> int:
@@ -349,38 +382,49 @@ class Pipeline:
         prompts = [*request.prompts, *([request.negative_prompt] if is_guided else [])]
         return self.prompts.tokenize(stage, prompts, weighted=request.prompt_weights).chunks
 
-    def _conditioning(self, stage: Stage, request: Request, chunks: int, *, without: bool = False) -> dict[str, Array]:
+    def _conditioning(
+        self, stage: Stage, request: Request, chunks: int, given: Mapping[str, cascade.Given], *, without: bool = False
+    ) -> dict[str, Array]:
         """The denoiser's inputs beside sample and timestep, a row for each picture.
 
         chunks: of each prompt. without: of the negative prompt, or of no class, in place of what the request asks for.
         """
-        graph, (_, height, width) = self.model.graphs[stage.denoiser], self.sample_shape(request)
+        graph, (_, *sides) = self.model.graphs[stage.denoiser], self.sample_shape(request, stage)
         return {
             **self._encoded(stage, request, chunks, without),
             **conditioning.constants(stage, graph, self._pixels(request), subject.count(request), negative=without),
-            **subject.conditioning(stage, graph, request, (height, width), without=without),
+            **subject.conditioning(stage, graph, request, tuple(sides), without=without),
+            **cascade.conditioning(graph, given, without=without),
         }
 
     def _encoded(self, stage: Stage, request: Request, chunks: int, without: bool) -> dict[str, Array]:
-        """What the stage's text graph makes of the prompts, or of the negative prompt, a row for each picture."""
-        count = subject.count(request)
-        if stage.text is not None and without and stage.guidance.empty == "zeros" and not request.negative_prompt:
-            return self.prompts.zeros(stage, count, chunks)
+        """What the stage's text graph makes of the prompts, or of the negative prompt, a row for each picture.
+
+        Two stages may share a text graph, and each takes what its denoiser has an input for.
+        """
+        count, taken = subject.count(request), {tensor.name for tensor in self.model.graphs[stage.denoiser].inputs}
         prompts = [request.negative_prompt] if without else request.prompts
-        rows = self.prompts.encode(stage, prompts, weighted=request.prompt_weights, chunks=chunks, negative=without)
-        return {name: np.repeat(value, count // len(prompts), axis=0) for name, value in rows.items()}
+        if stage.text is not None and without and stage.guidance.empty == "zeros" and not request.negative_prompt:
+            rows, prompts = self.prompts.zeros(stage, 1, chunks), [""]
+        else:
+            rows = self.prompts.encode(stage, prompts, weighted=request.prompt_weights, chunks=chunks, negative=without)
+        return {name: np.repeat(rows[name], count // max(len(prompts), 1), axis=0) for name in rows if name in taken}
 
     def _settings(self, request: Request, index: int) -> dict[str, Any]:
         """What makes picture ``index`` again, for its metadata."""
-        stage = self.model.stages[0]
+        stages = self.model.stages
+        steps = {
+            way[0].name: cascade.setting(stages, way, request.steps) or way[0].steps for way in cascade.ways(stages)
+        }
+        scales = {way[0].name: _plain(self._scale(request, way)) for way in cascade.ways(stages)}
         settings: dict[str, Any] = {
             **subject.settings(self.model, request, index),
             **({"negative_prompt": request.negative_prompt} if request.prompts else {}),
             **({"prompt_weights": False} if request.prompts and not request.prompt_weights else {}),
             "seed": request.seed + index,
-            "steps": request.steps or stage.steps,
-            "guidance": _plain(self._scale(request)),
-            "sampler": request.sampler or stage.scheduler["_class_name"],
+            "steps": steps if len(steps) > 1 else steps[self._main.name],
+            "guidance": scales if len(scales) > 1 else scales[self._main.name],
+            "sampler": request.sampler or self._main.scheduler["_class_name"],
         }
         for name, default in (("guidance_interval", [0.0, 1.0]), ("guidance_rescale", 0.0)):
             if (value := _plain(getattr(request, name))) != default:
@@ -391,6 +435,16 @@ class Pipeline:
         if self.manifest is not None:
             settings |= {"target": self.manifest.target, "precision": self.manifest.precision}
         return settings
+
+
+def _finite(values: Array) -> Array:
+    """What a decoder gave, if it is numbers."""
+    if not np.isfinite(values).all():
+        raise DexportError(
+            "the decoder gave values that are not finite: its precision overflows; build the bundle with "
+            "--precision fp32 or bf16"
+        )
+    return values
 
 
 def _plain(numbers: Any) -> Any:

@@ -47,6 +47,11 @@ def alike(one: Stage, other: Stage) -> bool:
     return (one.text is None, one.labels) == (other.text is None, other.labels)
 
 
+def needs_nothing(stage: Stage) -> bool:
+    """Whether a stage goes by neither a prompt nor a class, as one may that goes by what others made."""
+    return stage.text is None and stage.labels is None
+
+
 def shown(model: Model) -> bool:
     """Whether a denoiser takes a picture beside its sample."""
     return any(_takes_picture(model.graphs[stage.denoiser]) for stage in model.stages)
@@ -62,7 +67,7 @@ def _takes_picture(denoiser: Graph) -> bool:
 
 
 def conditioning(
-    stage: Stage, denoiser: Graph, request: Request, size: tuple[int, int], *, without: bool = False
+    stage: Stage, denoiser: Graph, request: Request, size: tuple[int, ...], *, without: bool = False
 ) -> dict[str, Array]:
     """The inputs ``labels`` [B] and ``image`` [B, 3, *size] of a stage's denoiser, as far as it takes them.
 
@@ -74,7 +79,7 @@ def conditioning(
         own = np.repeat(np.array(numbers(labels, request.labels), np.int64), request.images)
         rows["labels"] = np.full(total, labels.null, np.int64) if without else own
     if _takes_picture(denoiser) and request.image is not None:
-        rows["image"] = np.repeat(to_array(request.image, size), total, axis=0)
+        rows["image"] = np.repeat(to_array(request.image, (size[0], size[1])), total, axis=0)
     return rows
 
 

@@ -26,8 +26,10 @@ PIPELINES = {
     "DDPMPipeline": "pixel",
     "DiTPipeline": "dit",
     "FluxPipeline": "flux",
+    "KandinskyV22CombinedPipeline": "kandinsky",
     "LDMPipeline": "latent_diffusion",
     "LDMSuperResolutionPipeline": "latent_diffusion",
+    "LDMTextToImagePipeline": "latent_diffusion_text",
     "LatentConsistencyModelPipeline": "stable_diffusion",
     "Lumina2Pipeline": "lumina2",
     "PNDMPipeline": "pixel",
@@ -36,6 +38,7 @@ PIPELINES = {
     "SanaPipeline": "sana",
     "SanaSprintPipeline": "sana",
     "QwenImagePipeline": "qwen_image",
+    "StableCascadeCombinedPipeline": "stable_cascade",
     "StableDiffusion3Pipeline": "stable_diffusion_3",
     "StableDiffusionAdapterPipeline": "stable_diffusion",
     "StableDiffusionControlNetPipeline": "stable_diffusion",
@@ -46,6 +49,7 @@ PIPELINES = {
     "StableDiffusionXLImg2ImgPipeline": "stable_diffusion_xl",
     "StableDiffusionXLInpaintPipeline": "stable_diffusion_xl",
     "StableDiffusionXLPipeline": "stable_diffusion_xl",
+    "UnCLIPPipeline": "unclip",
     "ZImagePipeline": "z_image",
 }
 """The allow-list: diffusers' pipeline class to the family's file."""
@@ -68,11 +72,14 @@ WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z][a-z]+|[a-z]+|[0-9]+")  # of a class's 
 
 # Each kind of tokenizer by the classes of transformers that a checkpoint may name for it.
 CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+BERT_TOKENIZERS = ("BertTokenizer", "BertTokenizerFast")
 T5_TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast")
 GEMMA_TOKENIZERS = ("GemmaTokenizer", "GemmaTokenizerFast")
 LLAMA_TOKENIZERS = ("LlamaTokenizer", "LlamaTokenizerFast")
 QWEN_TOKENIZERS = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
-TOKENIZERS = (*CLIP_TOKENIZERS, *T5_TOKENIZERS, *GEMMA_TOKENIZERS, *LLAMA_TOKENIZERS, *QWEN_TOKENIZERS)
+TOKENIZERS = (
+    *CLIP_TOKENIZERS, *BERT_TOKENIZERS, *T5_TOKENIZERS, *GEMMA_TOKENIZERS, *LLAMA_TOKENIZERS, *QWEN_TOKENIZERS,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -140,6 +147,11 @@ class Family(Protocol):
 
     def token_inputs(self, checkpoint: Checkpoint) -> Mapping[str, Tokens]:
         """For each tokenizer component, what it gives to the text graph."""
+
+
+def schedulers(family: Family) -> tuple[str, ...]:
+    """The components of a family's pipelines that are schedulers, that of the main stage first."""
+    return getattr(family, "SCHEDULERS", ("scheduler",))
 
 
 def find(pipeline: str) -> Family:

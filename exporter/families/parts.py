@@ -69,8 +69,12 @@ def draw_canvas(channels: int, factor: int, shape: Shape) -> Canvas:
 
 
 def autoencoder(checkpoint: Checkpoint, drawn: Canvas) -> dict[str, Spec]:
-    """The decoder and the encoder of a KL autoencoder."""
+    """The decoder and the encoder of a KL autoencoder; of one with a consistency decoder, the encoder alone."""
     config = checkpoint.components["vae"].config
+    if checkpoint.components["vae"].class_name == "ConsistencyDecoderVAE":
+        from exporter import consistency
+
+        return consistency.encoder(config, drawn)
     build = {"vae": lambda: build_vae(config)}
     return {
         "decoder": Spec("decoder", build, decode, (drawn.sample,), (drawn.image,), drawn.latent_sizes),

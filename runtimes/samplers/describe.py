@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from runtimes import bundle, samplers, strict_json
+from runtimes import bundle, cascade, samplers, strict_json
 from runtimes.errors import DexportError
 from runtimes.manifest import Model, from_json
 from runtimes.table import Row
@@ -40,13 +40,17 @@ def describe(name: str, *, steps: int = 20, source: Path | str | None = None) ->
     }
 
 
+def _scheduler(model: Model) -> dict[str, Any]:
+    return dict(cascade.main(model.stages)[0].scheduler)
+
+
 def scheduler_of(path: Path) -> dict[str, Any]:
     """Return the scheduler config of a checkpoint, hub, bundle or .json; DexportError where there is none."""
     if (path / bundle.MANIFEST).is_file():
-        return dict(bundle.load_manifest(path, check=False).model.stages[0].scheduler)
+        return _scheduler(bundle.load_manifest(path, check=False).model)
     if (path / bundle.HUB).is_file():
         file = path / bundle.HUB
-        return dict(from_json(Model, file.read_text(encoding="utf-8"), str(file)).stages[0].scheduler)
+        return _scheduler(from_json(Model, file.read_text(encoding="utf-8"), str(file)))
     file = path / "scheduler" / "scheduler_config.json" if path.is_dir() else path
     if not file.is_file():
         raise DexportError(f"{path}: there is no checkpoint, hub, bundle or scheduler_config.json")

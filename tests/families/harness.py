@@ -24,7 +24,7 @@ from PIL import Image
 
 from exporter.build import build
 from exporter.ensemble import HANDOVER, Origin
-from runtimes import subject
+from runtimes import cascade, subject
 from runtimes.pipeline import Pipeline, Request
 
 Array = NDArray[Any]
@@ -89,8 +89,10 @@ def make(family: Family, folder: Path) -> Made:
 
 def draw(pipeline: Pipeline, request: Request) -> tuple[Array, Array]:
     """The last latents and the pictures of a bundle."""
-    noise = draws((subject.count(request), *pipeline.sample_shape(request)))
-    *_, last = pipeline.generate(request, noise)
+    source: dict[tuple[int, ...], Callable[[], Array]] = {}  # as in ``same_noise``
+    ways = cascade.ways(pipeline.model.stages)
+    shapes = [(subject.count(request), *pipeline.sample_shape(request, way[0])) for way in ways]
+    *_, last = pipeline.generate(request, [source.setdefault(shape, draws(shape)) for shape in shapes])
     return last.sample, pipeline.decode(last.sample)
 
 
@@ -99,9 +101,9 @@ def ours(pipeline: Pipeline, request: Request) -> Array:
     return draw(pipeline, request)[1]
 
 
-def theirs(folder: Path, **settings: Any) -> Array:
-    """The pictures [B, 3, H, W] of diffusers' own pipeline, in fp32, with the same noise."""
-    pipe = _open(folder)
+def theirs(folder: Any, **settings: Any) -> Array:
+    """The pictures [B, 3, H, W] of diffusers' own pipeline, or of that of a folder, in fp32, with the same noise."""
+    pipe = _open(folder) if isinstance(folder, Path) else folder
     with same_noise():
         pictures = pipe(output_type="np", **settings).images
     return np.asarray(pictures).transpose(0, 3, 1, 2)
