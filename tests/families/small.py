@@ -45,6 +45,11 @@ def write_ddpm(folder: Path) -> None:
     diffusers.DDPMPipeline(unet(), diffusers.DDPMScheduler()).save_pretrained(folder)
 
 
+def write_pndm(folder: Path) -> None:
+    """In colour, with Runge-Kutta steps before the others."""
+    diffusers.PNDMPipeline(unet(), diffusers.PNDMScheduler()).save_pretrained(folder)
+
+
 def write_learned(folder: Path) -> None:
     """With a learned variance, and the names that attention had before diffusers 0.14."""
     scheduler = diffusers.DDPMScheduler(variance_type="learned_range")
@@ -183,6 +188,6 @@ def refiner(folder: Path) -> None:
 
 
 WRITERS: dict[str, Callable[[Path], None]] = {
-    "ddpm": write_ddpm, "learned": write_learned, "grey": write_grey, "consistency": write_consistency,
-    "ldm": write_ldm, "superresolution": write_superresolution, "dit": write_dit,
+    "ddpm": write_ddpm, "pndm": write_pndm, "learned": write_learned, "grey": write_grey,
+    "consistency": write_consistency, "ldm": write_ldm, "superresolution": write_superresolution, "dit": write_dit,
 }  # fmt: skip

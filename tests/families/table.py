@@ -23,20 +23,20 @@ from tests.families import small, small_cascades, small_flow, small_ldm, small_t
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 Make = Callable[[Path], Any]
 WRITERS: tuple[Make, ...] = (
-    small.write_ddpm, small.write_grey, small.write_consistency, small.write_ldm, small.write_superresolution,
+    small.write_ddpm, small.write_pndm, small.write_grey, small.write_consistency,
+    small.write_ldm, small.write_superresolution,
     small.write_dit, small.sd_2, small.inpainting, small.latent_consistency, small.sdxl, small.refiner,
     small.sdxl_inpainting, small_flow.sd_3, small_flow.flux, small_flow.qwen_image, small_flow.z_image,
     small_transformers.pixart_alpha, small_transformers.pixart_sigma, small_transformers.sana,
     small_transformers.sana_sprint, small_transformers.aura_flow, small_transformers.lumina2,
     small_cascades.kandinsky, small_cascades.unclip, small_cascades.stable_cascade, small_ldm.ldm_text,
 )  # fmt: skip
-# Checkpoints of these hold those of another and what steers it, or are the same but for the scheduler.
+# Checkpoints of these hold those of another and what steers it.
 STEERED = {
     f"StableDiffusion{xl}{what}Pipeline": f"StableDiffusion{xl}Pipeline"
     for xl in ("", "XL")
     for what in ("Adapter", "ControlNet")
 }
-LIKE = {"PNDMPipeline": "DDPMPipeline"}
 HEAD = """# Families
 
 What the pipeline classes of diffusers {version} are to dexport. Of each that is exported a test builds a small
@@ -138,8 +138,7 @@ def exported() -> dict[str, str]:
         with tempfile.TemporaryDirectory() as folder:
             name, does = tasks(make, Path(folder))
         found[name] = does
-    found |= {name: f"{found[plain]}, steered by hints" for name, plain in STEERED.items()}
-    return found | {name: found[other] for name, other in LIKE.items()}
+    return found | {name: f"{found[plain]}, steered by hints" for name, plain in STEERED.items()}
 
 
 def reason(name: str) -> str:

@@ -32,6 +32,7 @@ LEAST_DB = 80  # fp32 gives 105 to 130; the bound of a mistake in one coefficien
 TARGETS = ("onnxruntime", "openvino")
 ASKED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # ours, diffusers'
     "ddpm": ({"images": 2}, {"batch_size": 2}),
+    "pndm": ({"images": 2}, {"batch_size": 2}),
     "learned": ({"images": 2}, {"batch_size": 2}),
     "grey": ({"images": 2}, {"batch_size": 2}),
     "consistency": ({"labels": [3, "7"]}, {"batch_size": 2, "class_labels": [3, 7]}),
