@@ -55,9 +55,12 @@ calibration_steps_option = click.option(
 
 def _origin(
     checkpoint: Path, config: str | None, loras: tuple[str, ...], clip_skip: int, refiner: Path | None,
-    prior: Path | None, decoder: Path | None, sampler: str | None, steps: int | None, guidance: float | None,
+    prior: Path | None, decoder: Path | None, motion_adapter: Path | None, frames: int | None, sampler: str | None,
+    steps: int | None, guidance: float | None,
 ) -> Origin:  # fmt: skip
-    return dexport.Origin(checkpoint, refiner, config, loras, clip_skip, sampler, steps, guidance, prior, decoder)
+    return dexport.Origin(
+        checkpoint, refiner, config, loras, clip_skip, sampler, steps, guidance, prior, decoder, motion_adapter, frames
+    )
 
 
 origin_options = together(
@@ -81,6 +84,10 @@ origin_options = together(
     click.option(
         "--decoder", type=FOLDER, help="A consistency decoder, which draws the pictures in place of the autoencoder's."
     ),
+    click.option(
+        "--motion-adapter", type=FOLDER, help="AnimateDiff's, for a Stable Diffusion 1.x that then draws videos."
+    ),
+    click.option("--frames", type=click.IntRange(1), help="Frames of each video; the model's own number by default."),
     click.option("--sampler", type=SamplerName(), help="The model's sampler, in place of the checkpoint's."),
     click.option("--steps", type=click.IntRange(1), help="Steps if none are asked for."),
     click.option(

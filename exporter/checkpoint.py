@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter import clip_skip as clip_skips
-from exporter import combined, families, lora, single_file
+from exporter import combined, families, lora, motion, single_file
 from runtimes import strict_json
 from runtimes.bundle import hash_file
 from runtimes.errors import DexportError, Progress, silent
@@ -64,6 +64,7 @@ class Checkpoint:
     what model_index.json says, of which only what is not asked for here has further use. ``scheduler`` is that of the
     main stage; ``schedulers`` are all by component, where a family has several. ``refiner``: what goes on with
     the pictures that this one draws; ``steps`` and ``guidance``: defaults in place of the family's (exporter.ensemble).
+    ``frames``: those of a video, None for the family's own.
     """
 
     path: Path
@@ -78,6 +79,7 @@ class Checkpoint:
     refiner: Checkpoint | None = None
     steps: int | None = None
     guidance: float | None = None
+    frames: int | None = None
 
     @property
     def family(self) -> families.Family:
@@ -96,6 +98,7 @@ def read(
     prior: Path | str | None = None,
     loras: Sequence[Path | str] = (),
     clip_skip: int = 1,
+    motion_adapter: Path | str | None = None,
     check: bool = True,
     progress: Progress = silent,
 ) -> Checkpoint:
@@ -104,8 +107,9 @@ def read(
     ``config`` is for a single file: the name of a configuration in ``exporter/configs``, or a diffusers folder whose
     weights are not looked at; by default the kind is read from the file. ``prior``: the folder of the prior that a
     decoder was saved without (exporter.combined). ``loras``: files to merge, each "FILE" or
-    "FILE:SCALE". ``clip_skip``: which layer's states of the text encoder are used, counted from the last, 1. Raises
-    DexportError for what is missing, damaged, unsupported, or only there as a pickle.
+    "FILE:SCALE". ``clip_skip``: which layer's states of the text encoder are used, counted from the last, 1.
+    ``motion_adapter``: the folder of one to join to the UNet (exporter.motion). Raises DexportError for what is
+    missing, damaged, unsupported, or only there as a pickle.
     """
     path = Path(path)
     header = read_header(path) if path.is_file() and path.suffix == ".safetensors" else None
@@ -157,6 +161,9 @@ def read(
             progress(f"{component.name}: checking weights", index_ / len(components))
             check_finite(component.entries.values())
     found = Checkpoint(path, pipeline, components, scheduler, tokenizers, files, schedulers=schedulers, index=index)
+    if motion_adapter is not None:
+        found = add(motion.animated(found), motion.ADAPTER, Path(motion_adapter), motion.CLASS)
+    found = motion.join(found)
     return clip_skips.skip(lora.merge(found, loras), clip_skip)
 
 

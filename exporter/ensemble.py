@@ -35,7 +35,8 @@ class Origin:
     consistency decoder to draw the pictures with (exporter.consistency). config, loras, clip_skip: of the first one, as
     in ``exporter.checkpoint.read``. sampler, steps, guidance: the model's defaults, in place of its checkpoint's and
     family's; a model that was distilled to need no guidance says so nowhere, and is one with ``guidance`` up to 1. Of a
-    model with several ways (runtimes.cascade) they are of the main one.
+    model with several ways (runtimes.cascade) they are of the main one. motion_adapter: the folder of one that makes a
+    model of pictures one of videos (exporter.motion). frames: of each video.
     """
 
     path: Path | str
@@ -48,6 +49,8 @@ class Origin:
     guidance: float | None = None
     prior: Path | str | None = None
     decoder: Path | str | None = None
+    motion_adapter: Path | str | None = None
+    frames: int | None = None
 
     @classmethod
     def of(cls, checkpoint: Origin | Path | str) -> Origin:
@@ -57,7 +60,11 @@ class Origin:
     @property
     def checkpoints(self) -> list[Path]:
         """The paths of the checkpoints, which nothing is written into."""
-        return [Path(path) for path in (self.path, self.refiner, self.prior, self.decoder) if path is not None]
+        return [
+            Path(path)
+            for path in (self.path, self.refiner, self.prior, self.decoder, self.motion_adapter)
+            if path is not None
+        ]
 
 
 def read(origin: Origin | Path | str, *, progress: Progress = silent) -> Checkpoint:
@@ -65,7 +72,7 @@ def read(origin: Origin | Path | str, *, progress: Progress = silent) -> Checkpo
     origin = Origin.of(origin)
     base = checkpoints.read(
         Path(origin.path), config=origin.config, prior=origin.prior, loras=origin.loras, clip_skip=origin.clip_skip,
-        progress=progress,
+        motion_adapter=origin.motion_adapter, progress=progress,
     )  # fmt: skip
     second = checkpoints.read(Path(origin.refiner), progress=progress) if origin.refiner is not None else None
     base, *others = (
@@ -74,6 +81,7 @@ def read(origin: Origin | Path | str, *, progress: Progress = silent) -> Checkpo
         if part is not None
     )
     base = replace(base, refiner=next(iter(others), None), steps=origin.steps, guidance=origin.guidance)
+    base = replace(base, frames=origin.frames)
     if origin.decoder is not None:
         base = checkpoints.add(base, consistency.COMPONENT, Path(origin.decoder), consistency.CLASS)
         consistency.check(base)
@@ -116,6 +124,8 @@ def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
     every = _stages(checkpoint, shape)
     if consistency.component(checkpoint) is not None:
         every = consistency.stages(checkpoint, shape, every)
+    if checkpoint.frames is not None and every[-1].fps is None:
+        raise DexportError(f"{checkpoint.path}: a {checkpoint.pipeline} draws pictures; leave --frames out")
     asked = cascade.main(every)
     several = asked != cascade.ways(every)[0]
     return tuple(_with_defaults(stage, checkpoint, several) if stage in asked else stage for stage in every)

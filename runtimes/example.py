@@ -45,7 +45,7 @@ def request(model: Model, names: str | Sequence[str], **settings: Any) -> Reques
     else:
         settings["images"] = len(every) * settings.get("images", 1)
     if subject.shown(model):
-        settings["image"] = _colours(settings.get("seed", 0), model.stages[-1].sample[1:])
+        settings["image"] = _colours(settings.get("seed", 0), model.stages[-1].sample[-2:])
     return Request(**settings)
 
 

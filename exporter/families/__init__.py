@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from exporter.checkpoint import Checkpoint
 
 PIPELINES = {
+    "AnimateDiffPipeline": "animatediff",
     "ConsistencyModelPipeline": "pixel",
     "DDIMPipeline": "pixel",
     "DDPMPipeline": "pixel",

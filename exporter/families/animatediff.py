@@ -1,0 +1,91 @@
+"""AnimateDiff: Stable Diffusion 1.x that draws videos, with a motion adapter in its UNet.
+
+Guo et al., "AnimateDiff: Animate Your Personalized Text-to-Image Diffusion Models without Specific Tuning" (2023),
+https://arxiv.org/abs/2307.04725
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from exporter.families import Shape, Spec, parts, stable_diffusion
+from runtimes.errors import DexportError
+from runtimes.manifest import Stage, Tensor
+
+if TYPE_CHECKING:
+    from exporter.checkpoint import Checkpoint
+
+NAME = "animatediff"
+COMPONENTS = {
+    **stable_diffusion.COMPONENTS,
+    "unet": ("UNetMotionModel", "UNet2DConditionModel"),
+    "vae": ("AutoencoderKL",),
+    "motion_adapter": ("MotionAdapter", None),  # exporter.motion joins it to the UNet
+}
+FRAMES = 16  # diffusers' default, and the length of the videos that the adapters were trained on
+FPS = 8.0  # likewise
+STEPS = 25  # of diffusers' documentation; the checkpoints come with DDIM
+
+default_shape = parts.default_shape
+token_inputs = stable_diffusion.token_inputs
+
+
+def rename(component: str, name: str) -> str | None:
+    """Today's module name of a tensor; the sine tables of positions in time are made anew."""
+    return None if name.endswith(".pos_embed.pe") else parts.rename(component, name)
+
+
+def denoiser(modules: Any, sample: Any, timestep: Any, encoder_hidden_states: Any, *more: Any) -> Any:
+    """[B, 4, F, h, w], [B], [B, S, D], and [B] if distilled, to the predicted noise: [B, 4, F, h, w]."""
+    states = encoder_hidden_states.repeat_interleave(sample.shape[2], dim=0)  # [B·F, S, D]
+    return stable_diffusion.denoiser(modules, sample, timestep, states, *more)
+
+
+def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
+    """Stable Diffusion's graphs, with a denoiser of samples with frames, and no encoder."""
+    config, frames = checkpoint.components["unet"].config, _frames(checkpoint)
+    made = dict(stable_diffusion.specs(_pictures(checkpoint), shape))
+    del made["encoder"]
+
+    def moving(tensor: Tensor) -> Tensor:
+        batch, channels, *sides = tensor.shape
+        return replace(tensor, shape=(batch, channels, frames, *sides))
+
+    own = made["denoiser"]
+    sample, *further = own.inputs
+    made["denoiser"] = replace(
+        own, builders={"unet": lambda: build_unet(config)}, forward=denoiser, inputs=(moving(sample), *further),
+        outputs=tuple(moving(tensor) for tensor in own.outputs),
+    )  # fmt: skip
+    return made
+
+
+def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
+    """Stable Diffusion's loop over samples with frames."""
+    (stage,) = stable_diffusion.stages(_pictures(checkpoint), shape)
+    channels, *sides = stage.sample
+    sample = (channels, _frames(checkpoint), *sides)
+    return (replace(stage, sample=sample, encoder=None, scheduler=checkpoint.scheduler, steps=STEPS, fps=FPS),)
+
+
+def build_unet(config: Mapping[str, Any]) -> Any:
+    """A UNet with motion modules of this config.json."""
+    from diffusers import UNetMotionModel
+
+    return parts.with_guidance(UNetMotionModel.from_config(dict(config)))
+
+
+def _pictures(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint as one of the family that draws the frames."""
+    return replace(checkpoint, pipeline="StableDiffusionPipeline")
+
+
+def _frames(checkpoint: Checkpoint) -> int:
+    """How many frames a video has; DexportError for more than the motion modules have positions for."""
+    longest = parts.whole("unet", checkpoint.components["unet"].config, "motion_max_seq_length", 32)
+    frames = min(FRAMES, longest) if checkpoint.frames is None else checkpoint.frames
+    if not 1 <= frames <= longest:
+        raise DexportError(f"a video of this model has 1 to {longest} frames, not {frames}; change --frames")
+    return frames
