@@ -11,11 +11,11 @@ from exporter import tokenizer as tokenizers
 from exporter.checkpoint import Checkpoint
 from exporter.ensemble import Origin
 from exporter.families import Shape, Spec
+from runtimes import timetable
 from runtimes.bundle import HUB, publish
 from runtimes.check import ELEMENTS, SIDE, check_model
 from runtimes.errors import DexportError, Progress, silent
 from runtimes.manifest import Graph, Model, Stage, Tokenizer, from_json, to_json
-from runtimes.samplers import compile_table
 
 INLINE = 1024  # bytes: a tensor up to this size stays in model.onnx, where shape inference sees it
 
@@ -48,7 +48,7 @@ def export(
     specs = _choose(ensemble.specs(source, size), graphs)
     stages = tuple(_only(stage, specs) for stage in ensemble.stages(source, size) if stage.denoiser in specs)
     for stage in stages:  # now, not after an export that nothing could run
-        compile_table(stage.scheduler, stage.steps, start=stage.span[0], end=stage.span[1])
+        timetable.compile_stage(stage, stage.steps, stage.sample)
     with publish(output, overwrite) as folder:
         made = {}
         for index, (name, spec) in enumerate(specs.items()):
@@ -110,11 +110,11 @@ def _export_graph(source: Checkpoint, name: str, spec: Spec, folder: Path, progr
     import onnx_ir
 
     from exporter import passes, trace
-    from exporter.weights import bind, parameter_shapes
+    from exporter.weights import bind, parameter_shapes, tied
 
     progress(f"{name}: tracing", 0.0)
     modules = trace.build(spec)
-    model = trace.trace(spec, modules, bind(ensemble.owner(source, name), parameter_shapes(modules)))
+    model = trace.trace(spec, modules, bind(ensemble.owner(source, name), parameter_shapes(modules), tied(modules)))
     progress(f"{name}: optimizing", 0.5)
     model = passes.run(model, passes.HUB)
     progress(f"{name}: writing", 0.7)

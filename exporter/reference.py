@@ -10,7 +10,7 @@ import torch
 from exporter import ensemble, trace
 from exporter.checkpoint import Checkpoint
 from exporter.families import Shape
-from exporter.weights import bind, parameter_shapes, widen
+from exporter.weights import bind, parameter_shapes, tied, widen
 from runtimes.errors import DexportError
 from runtimes.safetensors import Stored
 
@@ -26,7 +26,7 @@ def load(checkpoint: Checkpoint, graph: str) -> torch.nn.Module:
     if graph not in specs:
         raise DexportError(f"no graph {graph!r}; there are {', '.join(specs)}")
     modules = trace.build(specs[graph])
-    lend(modules, bind(ensemble.owner(checkpoint, graph), parameter_shapes(modules)))
+    lend(modules, bind(ensemble.owner(checkpoint, graph), parameter_shapes(modules), tied(modules)))
     return modules
 
 

@@ -24,13 +24,18 @@ def write(folder: Path, class_name: str, output: Path) -> tuple[int, Side]:
     around a text, and neither pads nor cuts it: the pipeline does, and says what it cut. Raises DexportError for files
     that are missing or damaged.
     """
-    clip = class_name in CLIP_TOKENIZERS
-    tokenizer, pad, side = _clip(folder) if clip else _from_transformers(folder, class_name)
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
+    tokenizer, pad, side = read(folder, class_name)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
     return pad, side
+
+
+def read(folder: Path, class_name: str) -> tuple[Any, int, Side]:
+    """The tokenizer of the ``tokenizers`` package that ``write`` writes, and what it returns."""
+    tokenizer, pad, side = _clip(folder) if class_name in CLIP_TOKENIZERS else _from_transformers(folder, class_name)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer, pad, side
 
 
 def _from_transformers(folder: Path, class_name: str) -> tuple[Any, int, Side]:

@@ -47,10 +47,13 @@ def widen(entry: Stored) -> NDArray[np.float32]:
     return entry.load().astype(np.float32, copy=False)
 
 
-def bind(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Stored]:
+def bind(
+    checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], ties: Mapping[str, str] | None = None
+) -> dict[str, Stored]:
     """Find the tensor of each parameter: ``shapes`` is by parameter name, "<component>.<name in its module>".
 
-    Raises DexportError naming the tensor that is missing, is there without a use, or has another shape or no floats.
+    ties: of ``tied``; a file has such a parameter under one of its names, or under each. Raises DexportError naming the
+    tensor that is missing, is there without a use, or has another shape or no floats.
     """
     family = checkpoint.family
     bound: dict[str, Stored] = {}
@@ -63,6 +66,11 @@ def bind(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> dict[
                 raise DexportError(f"{part.path}: {stored!r} and {found[name].name!r} are the same weight")
             if name is not None:
                 found[name] = entry
+        for one, other in (ties or {}).items():
+            for name, twin in ((one, other), (other, one)):
+                name, twin = (full.removeprefix(f"{component}.") for full in (name, twin))
+                if name not in found and twin in found:
+                    found[name] = found[twin]
         wanted = {name.partition(".")[2] for name in shapes if name.startswith(f"{component}.")}
         if missing := sorted(wanted - set(found)):
             raise DexportError(f"{part.path}: {_some(missing)} missing; {part.class_name} needs it by its config.json")
@@ -92,3 +100,12 @@ def _some(names: list[str]) -> str:
 def parameter_shapes(module: Any) -> dict[str, tuple[int, ...]]:
     """The shape of each parameter of a torch module by its name; a shared parameter once under each of its names."""
     return {name: tuple(value.shape) for name, value in module.named_parameters(remove_duplicate=False)}
+
+
+def tied(module: Any) -> dict[str, str]:
+    """The further names of a torch module's shared parameters, each with the first one."""
+    first: dict[int, str] = {}
+    names = [
+        (name, first.setdefault(id(value), name)) for name, value in module.named_parameters(remove_duplicate=False)
+    ]
+    return {name: original for name, original in names if name != original}

@@ -12,11 +12,10 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import PurePosixPath
 
-from runtimes import cascade, conditioning, subject, video
+from runtimes import cascade, conditioning, subject, timetable, video
 from runtimes.accuracy import BANDS
 from runtimes.errors import DexportError, IntegrityError
 from runtimes.manifest import PROMPT, Graph, Kind, Manifest, Model, Stage, Tensor, Tokenizer
-from runtimes.samplers import compile_table
 from runtimes.target import Target
 
 GRAPH_NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -185,11 +184,15 @@ def _check_stage(model: Model, stage: Stage, where: str) -> None:
         raise _wrong(where, "strength", stage.strength, "above 0 and at most 1")
     if not 1 <= stage.multiple <= SIDE or any(side % stage.multiple for side in sides):
         raise _wrong(where, "multiple", stage.multiple, "a number from 1 that divides the sample's sides")
+    if stage.patch is not None and (stage.patch < 1 or stage.multiple % stage.patch):
+        raise _wrong(where, "patch", stage.patch, "null, or a number from 1 that divides multiple")
+    if stage.guidance.normalize and stage.patch is None:
+        raise DexportError(f"{where}: guidance: normalize needs patch, the size of a token")
     _check_inputs(model.graphs[stage.denoiser], stage, where)
     _check_video(model, stage, where)
     _check_labels(model.graphs[stage.denoiser], stage, where)
     try:
-        compile_table(stage.scheduler, stage.steps, start=stage.span[0], end=stage.span[1])
+        timetable.compile_stage(stage, stage.steps, stage.sample)
     except DexportError as error:
         raise DexportError(f"{where}: scheduler: {error}") from error
 
@@ -277,11 +280,21 @@ def _check_given(model: Model, where: str) -> None:
         if not taken or result in (*TENSORS["denoiser"][0], *ASKED):
             raise _wrong(where, f"what {stage.name!r:.60} gives", result, "a further input of a later denoiser")
         shape = made[result].shape[1:] if decoder else _sample(model, stage).shape[1:]
-        if any(len(tensor.shape[1:]) != len(shape) or tensor.dtype != "float32" for tensor in taken):
+        others = [made[name] for name in [cascade.NEGATIVE + result] if name in made]
+        if any(not _meets(tensor, shape) for tensor in (*taken, *others)):
             raise _wrong(where, f"what {stage.name!r:.60} gives", shape, "of the shape that later denoisers take")
     free = [cascade.is_free(model, stage) for stage in model.stages if len(stage.sample) > 2]
     if any(free) and not free[-1]:
         raise DexportError(f"{where}: the last stage's samples have one size alone, where those before it are free")
+
+
+def _meets(tensor: Tensor, shape: Sequence[int | str]) -> bool:
+    """Whether what is given with a ``shape``, without batch, can be a tensor's."""
+    sides = tensor.shape[1:]
+    fits = len(sides) == len(shape) and all(
+        isinstance(a, str) or isinstance(b, str) or a == b for a, b in zip(sides, shape, strict=True)
+    )
+    return fits and tensor.dtype == "float32"
 
 
 def _sample(model: Model, stage: Stage) -> Tensor:

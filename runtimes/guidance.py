@@ -52,14 +52,18 @@ def numbers(value: object) -> Array:
     return array.astype(np.float64) if array.dtype.kind in "iuf" else np.zeros(0)
 
 
-def guide(without: Array, with_prompt: Array, scale: float, rescale: float = 0.0) -> Array:
+def guide(without: Array, with_prompt: Array, scale: float, rescale: float = 0.0, *, patch: int | None = None) -> Array:
     """Return u + scale (c - u), float64, for the outputs u without and c with the prompt, [B, C, ...].
 
     https://arxiv.org/abs/2207.12598, formula 6, with its w as scale - 1. rescale: the share by which each sample's
     deviation is brought back to that of c, against too much contrast: https://arxiv.org/abs/2305.08891, section 3.4.
+    patch: each token, C x patch x patch numbers of [B, C, h, w], is brought back to its length in c, as Qwen-Image
+    does: https://arxiv.org/abs/2508.02324.
     """
     base = without.astype(np.float64)  # with a large scale the difference of two near outputs would lose digits
     guided: Array = base + scale * (with_prompt - base)
+    if patch is not None:
+        guided = guided * _ratio(_lengths(with_prompt.astype(np.float64), patch), _lengths(guided, patch))
     if not rescale:
         return guided
     axes = tuple(range(1, guided.ndim))
@@ -68,3 +72,16 @@ def guide(without: Array, with_prompt: Array, scale: float, rescale: float = 0.0
     )
     corrected: Array = guided * (rescale * ratio + 1 - rescale)
     return corrected
+
+
+def _lengths(output: Array, patch: int) -> Array:
+    """The length of each token of [B, C, h, w], at each of its elements: [B, 1, h, w]."""
+    batch, channels, height, width = output.shape
+    tokens = output.reshape(batch, channels, height // patch, patch, width // patch, patch)
+    lengths = np.sqrt(np.sum(tokens**2, axis=(1, 3, 5), keepdims=True))
+    return np.broadcast_to(lengths, (batch, 1, *tokens.shape[2:])).reshape(batch, 1, height, width)
+
+
+def _ratio(wanted: Array, own: Array) -> Array:
+    """wanted / own; 1 where a token has no length to scale."""
+    return np.divide(wanted, own, out=np.ones_like(own), where=own > 0)

@@ -64,12 +64,14 @@ class Guidance:
     """How a prompt or a class steers: "cfg" runs the denoiser with and without it, "none" only with it.
 
     "embedded" runs it only with the prompt, and tells it the scale as its input ``guidance`` [batch].
-    empty: what stands for an empty negative prompt, the text graph's output for it or zeros.
+    empty: what stands for an empty negative prompt, the text graph's output for it or zeros. normalize: each token of
+    the guided output, ``Stage.patch`` elements a side, keeps the length that it has with the prompt.
     """
 
     kind: Literal["cfg", "none", "embedded"]
     scale: float
     empty: Literal["text", "zeros"] = "text"
+    normalize: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,9 @@ class Stage:
     strength: float | None = None  # of a model that only reworks pictures: how much, if nothing is asked for
     labels: Labels | None = None  # of a denoiser with classes
     multiple: int = 1  # what height and width of a sample of another size must be multiples of
+    patch: int | None = None  # elements of the sample along each side of a token, of a model that counts in tokens
+    # "even": from 1 to 1 / steps, in place of the scheduler's own, where it takes sigmas
+    sigmas: Literal["scheduler", "even"] = "scheduler"
     # The input of later denoisers that its result is: its last sample, or what its decoder makes of it. The stages
     # after it start from noise of their own, with samples of another shape.
     gives: str | None = None

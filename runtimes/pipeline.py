@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from runtimes import bundle, cascade, conditioning, guidance, inpaint, loop, samplers, subject, video
+from runtimes import bundle, cascade, conditioning, guidance, inpaint, loop, samplers, subject, timetable, video
 from runtimes.errors import DexportError, Progress, silent
 from runtimes.image import to_array, to_images
 from runtimes.manifest import Manifest, Model, Stage
@@ -203,14 +203,15 @@ class Pipeline:
         tables: list[samplers.Table] = []
         asked = way == cascade.main(self.model.stages)
         begun = asked and self._begun(request) is not None
+        shape = self.sample_shape(request, way[0])
         for stage in way:
             steps = cascade.setting(self.model.stages, way, request.steps) or stage.steps
             config = samplers.pick(stage.scheduler, request.sampler if asked else None, image=begun)
-            begin, (start, end) = self._first_step(request, steps) if begun else 0, stage.span
-            if begin >= end * steps:
+            begin = self._first_step(request, steps) if begun else 0
+            if begin >= stage.span[1] * steps:
                 continue
             stages.append(stage)
-            table = samplers.compile_table(config, steps, begin=begin, start=start, end=end)
+            table = timetable.compile_stage(stage, steps, shape, scheduler=config, begin=begin)
             tables.append(replace(table, init_scale=1.0) if tables else table)  # what follows takes a sample as it is
         rows = tuple(row for table in tables for row in table.rows)
         if request.mask is not None and asked:
@@ -381,8 +382,9 @@ class Pipeline:
                 without_out, with_out = call(sample, t, without), call(sample, t, with_prompt)
             channels = sample.shape[1]  # what follows them is a learned variance, which is the prompt's own
             guided = guidance.guide(
-                without_out[:, :channels], with_out[:, :channels], row.guidance, request.guidance_rescale
-            )
+                without_out[:, :channels], with_out[:, :channels], row.guidance, request.guidance_rescale,
+                patch=stage.patch if stage.guidance.normalize else None,
+            )  # fmt: skip
             return np.concatenate([guided, with_out[:, channels:]], axis=1)
 
         return model

@@ -24,17 +24,22 @@ PIPELINES = {
     "DDIMPipeline": "pixel",
     "DDPMPipeline": "pixel",
     "DiTPipeline": "dit",
+    "FluxPipeline": "flux",
     "KandinskyV22CombinedPipeline": "kandinsky",
     "LDMPipeline": "latent_diffusion",
     "LDMSuperResolutionPipeline": "latent_diffusion",
     "LDMTextToImagePipeline": "latent_diffusion_text",
     "LatentConsistencyModelPipeline": "stable_diffusion",
     "PNDMPipeline": "pixel",
+    "QwenImagePipeline": "qwen_image",
     "StableCascadeCombinedPipeline": "stable_cascade",
+    "StableDiffusion3Img2ImgPipeline": "stable_diffusion_3",
+    "StableDiffusion3Pipeline": "stable_diffusion_3",
     "StableDiffusionPipeline": "stable_diffusion",
     "StableDiffusionXLImg2ImgPipeline": "stable_diffusion_xl",
     "StableDiffusionXLPipeline": "stable_diffusion_xl",
     "UnCLIPPipeline": "unclip",
+    "ZImagePipeline": "z_image",
 }
 """The allow-list: diffusers' pipeline class to the family's file."""
 

@@ -114,14 +114,18 @@ def latent_scale(component: str, config: Config) -> tuple[Any, Any]:
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is None or std is None:
         return scale, shift
-    channels = whole(component, config, "latent_channels", 4)
+    check_normal(component, mean, std, whole(component, config, "latent_channels", 4))
+    return [scale / deviation for deviation in std], [float(value) for value in mean]
+
+
+def check_normal(component: str, mean: Any, std: Any, channels: int) -> None:
+    """Raise DexportError unless ``mean`` and ``std`` of a config are usable numbers, one for each channel."""
     for name, values in (("latents_mean", mean), ("latents_std", std)):
         fits = isinstance(values, list | tuple) and len(values) == channels
         if not fits or not all(type(v) in (int, float) and abs(v) <= LARGEST for v in values):
             raise DexportError(f"{component}/config.json: {name}={values!r:.60} must be {channels} usable numbers")
     if min(std) <= 0:
         raise DexportError(f"{component}/config.json: latents_std={std!r:.60} must be above 0")
-    return [scale / deviation for deviation in std], [float(value) for value in mean]
 
 
 def number(component: str, config: Config, name: str, default: float) -> float:
@@ -185,6 +189,36 @@ def check_channels(config: Config, channels: int) -> None:
             f"unet/config.json: {config.get('in_channels', 4)} channels in and {config.get('out_channels', 4)} out "
             f"where the autoencoder has {channels}; inpainting and upscaling models are not supported"
         )
+
+
+def check_transformer(config: Config, channels: int, packed: int = 1) -> None:
+    """Raise DexportError for a transformer that takes or gives something else than the autoencoder's ``channels``.
+
+    packed: the side of the patches in which it takes them.
+    """
+    wanted = channels * packed * packed
+    taken = whole("transformer", config, "in_channels", wanted)
+    given = whole("transformer", config, "out_channels", taken)
+    if (taken, given) != (wanted, wanted):
+        raise DexportError(
+            f"transformer/config.json: {taken} channels in and {given} out where the autoencoder's latents have "
+            f"{wanted}; models that are shown a picture (inpainting, editing) are not supported"
+        )
+
+
+def check_width(checkpoint: Checkpoint, name: str, default: int, given: int) -> None:
+    """Raise DexportError for a transformer that takes text of another width than the encoders give."""
+    width = whole("transformer", checkpoint.components["transformer"].config, name, default)
+    if width != given:
+        raise DexportError(f"transformer/config.json: {name}={width} where the text encoders give {given}")
+
+
+def check_patches(shape: Shape, multiple: int, most: int) -> None:
+    """Raise DexportError for a picture without whole tokens, or larger than ``most``; both in pixels."""
+    if shape.height % multiple or shape.width % multiple:
+        raise DexportError(f"{shape.height}x{shape.width} pixels: this model needs multiples of {multiple}")
+    if max(shape.height, shape.width) > most:
+        raise DexportError(f"{shape.height}x{shape.width} pixels: this model knows positions up to {most} pixels")
 
 
 def tokens(checkpoint: Checkpoint, component: str, name: str) -> Tensor:

@@ -31,6 +31,7 @@ SIDE = 1024  # pixels, which the authors trained for; no config says it
 GUIDANCE, STEPS = 4.0, 20  # diffusers' own of the prior's pipeline
 DECODER_STEPS = 10  # likewise, and without guidance
 GIVEN = "image_embeddings"
+POSITIONS = 10000  # times are told from POSITIONS to 0; StableCascadeUNet's own
 # Pixels for each element of the prior's map, and the decoder's latents for each; the pipelines' own defaults.
 PIXELS, LATENTS = 42.67, 10.67
 
@@ -171,10 +172,25 @@ def _check(config: Mapping[str, Mapping[str, Any]], width: int, projected: int, 
 
 
 def build_unet(config: Mapping[str, Any]) -> Any:
-    """A UNet of this config.json."""
+    """A UNet of this config.json, with the frequencies that it tells times by as torch computes them.
+
+    They turn through thousands of radians, so that another last bit of them would be seen in the pictures.
+    """
+    import torch
     from diffusers import StableCascadeUNet
 
-    return StableCascadeUNet.from_config(dict(config))
+    unet = StableCascadeUNet.from_config(dict(config))
+    half = unet.config.timestep_ratio_embedding_dim // 2
+    steps = torch.arange(half).float().mul(-math.log(POSITIONS) / (half - 1)).exp()
+    unet.register_buffer("frequencies", steps, persistent=False)
+
+    def embedding(ratio: Any) -> Any:
+        angles = (ratio * POSITIONS)[:, None] * unet.frequencies
+        embedded = torch.cat([angles.sin(), angles.cos()], dim=1)
+        return torch.nn.functional.pad(embedded, (0, unet.config.timestep_ratio_embedding_dim % 2))
+
+    unet.get_timestep_ratio_embedding = embedding
+    return unet
 
 
 def build_paella(config: Mapping[str, Any]) -> Any:

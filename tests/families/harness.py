@@ -5,6 +5,8 @@ A family is a row of ``tests/families/test_families.py``: how to make a small ch
 
 from __future__ import annotations
 
+import inspect
+import json
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
@@ -57,6 +60,8 @@ class Family:
     make: Callable[[Path], Any]
     asked: Mapping[str, Any]
     said: Mapping[str, Any] = field(default_factory=dict)
+    shape: tuple[int, int] | None = None  # height and width in pixels, where the checkpoint's own are too many
+    told: Mapping[str, Any] = field(default_factory=dict)  # what only diffusers' pipeline is to be told
     refiner: Callable[[Path], Any] | None = None  # makes a second checkpoint, which goes on with what the first draws
 
 
@@ -77,7 +82,7 @@ def make(family: Family, folder: Path) -> Made:
     if family.refiner is not None:
         refiner = folder / "refiner"
         family.refiner(refiner)
-    built = build_all(folder / "checkpoint", folder, refiner=refiner, **family.said)
+    built = build_all(folder / "checkpoint", folder, family.shape, refiner=refiner, **family.said)
     return Made(family, built, *draw_theirs(family, folder / "checkpoint", refiner))
 
 
@@ -111,6 +116,9 @@ def draw_theirs(family: Family, folder: Path, refiner: Path | None = None) -> tu
         "prompt": list(asked["prompts"]), "num_inference_steps": asked["steps"], "output_type": "np",
         "guidance_scale": asked.get("guidance", 0.0),
     }  # fmt: skip
+    if family.shape is not None:
+        words |= dict(zip(("height", "width"), family.shape, strict=True))
+    words |= family.told
     if "image" in asked:
         words |= {"image": encode(pipe.vae, asked["image"]), "strength": asked["strength"]}
 
@@ -123,11 +131,20 @@ def draw_theirs(family: Family, folder: Path, refiner: Path | None = None) -> tu
             words["image"] = pipe(**words | {"output_type": "latent", "denoising_end": HANDOVER}).images
             pipe, words["denoising_start"] = _open(refiner), HANDOVER
         pictures = pipe(**words, callback_on_step_end=keep).images
-    return kept[-1].numpy(), pictures.transpose(0, 3, 1, 2)
+    latents = kept[-1]
+    if latents.ndim == 3:  # tokens of packed latents
+        latents = pipe._unpack_latents(latents, *pictures.shape[1:3], pipe.vae_scale_factor)
+    if latents.ndim == 5:  # a video of one frame
+        latents = latents[:, :, 0]
+    return latents.numpy(), pictures.transpose(0, 3, 1, 2)
 
 
 def _open(folder: Path) -> Any:
-    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    index = json.loads((folder / "model_index.json").read_text())
+    needed = inspect.signature(getattr(diffusers, index["_class_name"]).__init__).parameters.values()
+    # Parts that a checkpoint leaves out diffusers must be told of.
+    absent = {p.name: None for p in needed if p.name != "self" and index.get(p.name, [None]) in ([None], [None, None])}
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **absent)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -138,7 +155,7 @@ def encode(vae: Any, image: Image.Image) -> torch.Tensor:
     with torch.no_grad():
         latents = vae.encode(pixels).latent_dist.mode()
     mean, std = (torch.tensor(vae.config[name] or fill).reshape(-1, 1, 1) for name, fill in NORMAL.items())
-    return (latents - mean) * vae.config.scaling_factor / std
+    return (latents - mean - (vae.config.shift_factor or 0)) * vae.config.scaling_factor / std
 
 
 NORMAL = {"latents_mean": [0.0], "latents_std": [1.0]}

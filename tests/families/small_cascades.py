@@ -39,7 +39,7 @@ def save(folder: Path, kind: Any, **components: Any) -> Any:
 def prior() -> Any:
     """A prior of embeddings ``WIDTH`` wide, with a mean and deviation of them."""
     model = diffusers.PriorTransformer(
-        num_attention_heads=2, attention_head_dim=8, num_layers=2, embedding_dim=WIDTH, num_embeddings=77,
+        num_attention_heads=2, attention_head_dim=8, num_layers=1, embedding_dim=WIDTH, num_embeddings=77,
         additional_embeddings=4,
     )  # fmt: skip
     for weight in (model.clip_mean, model.clip_std, model.positional_embedding, model.prd_embedding):
@@ -47,11 +47,16 @@ def prior() -> Any:
     return model
 
 
+def text_encoder(words: Any) -> Any:
+    """A CLIP text encoder of one layer."""
+    return clip(len(words), projected=True, projection_dim=WIDTH, hidden_size=WIDTH, num_hidden_layers=1)
+
+
 def vision() -> Any:
     """A CLIP image encoder."""
     return CLIPVisionModelWithProjection(
         CLIPVisionConfig(
-            hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16,
+            hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16,
             patch_size=8, projection_dim=WIDTH,
         )
     )  # fmt: skip
@@ -79,8 +84,8 @@ def kandinsky(folder: Path) -> Any:
         scheduler=diffusers.DDPMScheduler(
             beta_start=0.00085, beta_end=0.012, variance_type="learned_range", clip_sample=True, clip_sample_range=2.0,
         ),
-        prior_image_encoder=vision(), 
-        prior_text_encoder=clip(len(words), projected=True, projection_dim=WIDTH, hidden_size=WIDTH),
+        prior_image_encoder=vision(),
+        prior_text_encoder=text_encoder(words),
         prior_tokenizer=words, prior_image_processor=CLIPImageProcessor(size=16),
         prior_scheduler=diffusers.UnCLIPScheduler(
             variance_type="fixed_small_log", prediction_type="sample", clip_sample_range=5.0
@@ -106,9 +111,9 @@ def unclip(folder: Path) -> Any:
     text_proj.learned_classifier_free_guidance_embeddings.data.normal_()
     larger = [
         diffusers.UNet2DModel(
-            sample_size=16, in_channels=6, out_channels=3, layers_per_block=1, block_out_channels=(16, 16),
-            norm_num_groups=8, down_block_types=("ResnetDownsampleBlock2D",) * 2,
-            up_block_types=("ResnetUpsampleBlock2D",) * 2, add_attention=False, resnet_time_scale_shift="scale_shift",
+            sample_size=16, in_channels=6, out_channels=3, layers_per_block=1, block_out_channels=(16,),
+            norm_num_groups=8, down_block_types=("ResnetDownsampleBlock2D",),
+            up_block_types=("ResnetUpsampleBlock2D",), add_attention=False, resnet_time_scale_shift="scale_shift",
         )
         for _ in range(2)
     ]  # fmt: skip
@@ -116,7 +121,7 @@ def unclip(folder: Path) -> Any:
     return save(
         folder, UnCLIPPipeline, prior=prior(), decoder=decoder, text_proj=text_proj, super_res_first=larger[0],
         super_res_last=larger[1], tokenizer=words,
-        text_encoder=clip(len(words), projected=True, projection_dim=WIDTH, hidden_size=WIDTH),
+        text_encoder=text_encoder(words),
         prior_scheduler=diffusers.UnCLIPScheduler(prediction_type="sample", clip_sample_range=5.0),
         decoder_scheduler=diffusers.UnCLIPScheduler(**learned),
         super_res_scheduler=diffusers.UnCLIPScheduler(clip_sample_range=1.0),
@@ -142,8 +147,9 @@ def stable_diffusion(folder: Path, vae: Any = None) -> Any:
     torch.manual_seed(6)
     words = tokenizer(folder, "words")
     components = {
-        "text_encoder": clip(len(words)), "tokenizer": words, "scheduler": diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
-        "unet": conditional_unet(sample_size=8), "safety_checker": None, "feature_extractor": None,
+        "text_encoder": clip(len(words)), "tokenizer": words, "unet": conditional_unet(sample_size=8),
+        "scheduler": diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
+        "safety_checker": None, "feature_extractor": None,
         "requires_safety_checker": False,
     }  # fmt: skip
     return save(folder, diffusers.StableDiffusionPipeline, vae=vae or kl_autoencoder(2), **components)
@@ -173,7 +179,7 @@ def stable_cascade(folder: Path) -> Any:
     """Stable Cascade with prior and decoder in one folder, for a picture of 128 x 128."""
     torch.manual_seed(8)
     words = tokenizer(folder, "words")
-    encoder = clip(len(words), projected=True, projection_dim=WIDTH, hidden_size=WIDTH)
+    encoder = text_encoder(words)
     layers = ("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock")
     prior = cascade_unet(
         in_channels=8, out_channels=8, patch_size=1, clip_text_in_channels=WIDTH, clip_image_in_channels=8,

@@ -16,6 +16,7 @@ from runtimes.bundle import verify
 from runtimes.pipeline import Request
 from runtimes.session import backend
 from runtimes.target import Target
+from tests.families import small_flow
 from tests.families.harness import Family, Made, draw, make, picture
 from tests.families.small import latent_consistency, refiner, sd_2, sdxl, sdxl_turbo
 
@@ -33,7 +34,25 @@ FAMILIES = [
     Family("sdxl-turbo", sdxl_turbo, {"prompts": PROMPTS, "steps": 2}, said={"guidance": 0, "steps": 2}),
     Family("refiner", refiner, {"prompts": PROMPTS, "steps": 8, "strength": 0.5, "guidance": 6.0, "image": picture()}),
     Family("lcm", latent_consistency, {"prompts": PROMPTS, "steps": 3, "guidance": 6.0}),
-]
+    Family("sd-3", small_flow.sd_3, {"prompts": PROMPTS, "steps": 4, "guidance": 5.0}),
+    Family(
+        "sd-3-of-pictures", small_flow.sd_3_of_pictures,
+        {"prompts": PROMPTS, "steps": 6, "strength": 0.5, "guidance": 5.0, "image": picture()},
+    ),
+    Family("flux-dev", small_flow.flux, {"prompts": PROMPTS, "steps": 4, "guidance": 3.0}, shape=(32, 48)),
+    Family(
+        "flux-schnell", small_flow.flux_schnell, {"prompts": PROMPTS, "steps": 3}, shape=(32, 32),
+        told={"max_sequence_length": 256},
+    ),
+    Family(
+        "qwen-image", small_flow.qwen_image, {"prompts": PROMPTS, "steps": 4, "guidance": 3.0}, shape=(32, 48),
+        told={"true_cfg_scale": 3.0, "guidance_scale": None, "negative_prompt": ["", ""]},
+    ),
+    Family(
+        "z-image", small_flow.z_image, {"prompts": (f"{PROMPTS[0]} on a table", "a"), "steps": 4, "guidance": 4.0},
+        shape=(32, 48), told={"guidance_scale": 3.0},  # which counts from 0 there
+    ),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.name)

@@ -178,6 +178,13 @@ def test_ways_that_do_not_meet_are_refused(changes: dict[str, Any], said: str) -
         check_model(model(**changes), "test")
 
 
+def test_what_is_given_has_the_shape_that_is_taken() -> None:
+    made = model()
+    other = replace(made.graphs["denoiser"], inputs=(SAMPLE, TIMESTEP, replace(EMBEDS, shape=("batch", 6))))
+    with pytest.raises(DexportError, match="of the shape that later denoisers take"):
+        check_model(replace(made, graphs={**made.graphs, "denoiser": other}), "test")
+
+
 def test_last_stage_gives_nothing() -> None:
     made = model()
     stages = (made.stages[0], replace(made.stages[1], gives="embeds"))

@@ -1,0 +1,54 @@
+"""The steps of a stage: its scheduler's table, with what a pipeline gives to the scheduler beyond its config.
+
+That are the sigmas, of a model that was trained to go through even ones, and the shift that depends on the resolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from runtimes import samplers
+from runtimes.errors import DexportError
+from runtimes.manifest import Stage
+from runtimes.samplers.flow import SHIFTING, mu_of
+from runtimes.samplers.sampler import Sampler, resolve
+from runtimes.table import Table
+
+FLOW = samplers.CLASSES["FlowMatchEulerDiscreteScheduler"]
+# Options with which a scheduler spaces a flow's sigmas by itself; diffusers' pipelines then give it none.
+OWN_SIGMAS = ("use_flow_sigmas",)
+
+
+def compile_stage(
+    stage: Stage, steps: int, sample: Sequence[int], *, scheduler: Mapping[str, Any] | None = None, begin: int = 0
+) -> Table:
+    """Compile a stage's table for samples of the shape ``sample`` [C, h, w].
+
+    scheduler: another config than the stage's, of another sampler say. begin: the first step that is made. Raises
+    DexportError as ``samplers.compile_table`` does.
+    """
+    config = stage.scheduler if scheduler is None else scheduler
+    name, overrides = samplers.find(config.get("_class_name"))
+    takes = samplers.CLASSES[name].takes
+    spaced = any({**config, **overrides}.get(option) for option in OWN_SIGMAS)
+    even = stage.sigmas == "even" and "sigmas" in takes and not spaced
+    return samplers.compile_table(
+        config, steps, begin=begin, start=stage.span[0], end=stage.span[1],
+        sigmas=[*np.linspace(1, 1 / steps, steps).tolist(), 0.0] if even else None,
+        mu=_shift(stage, {**config, **overrides}, sample) if "mu" in takes else None,
+    )  # fmt: skip
+
+
+def _shift(stage: Stage, config: Mapping[str, Any], sample: Sequence[int]) -> float | None:
+    """The shift by resolution, of a scheduler that asks for one."""
+    if not config.get("use_dynamic_shifting") or stage.patch is None:
+        return None
+    line = resolve(str(config["_class_name"]), Sampler(FLOW.solver, SHIFTING), config)
+    tokens = (sample[-2] // stage.patch) * (sample[-1] // stage.patch)
+    try:
+        return mu_of(line, tokens)
+    except ZeroDivisionError as error:
+        raise DexportError("the scheduler's base_image_seq_len and max_image_seq_len must differ") from error
