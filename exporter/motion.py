@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 ADAPTER, CLASS = "motion_adapter", "MotionAdapter"
 UNET, PLAIN = "UNetMotionModel", "UNet2DConditionModel"
-ANIMATED = {"StableDiffusionPipeline": "AnimateDiffPipeline"}  # a pipeline's class to that with an adapter
+# A pipeline's class to that with an adapter.
+ANIMATED = {
+    "StableDiffusionPipeline": "AnimateDiffPipeline",
+    "StableDiffusionXLPipeline": "AnimateDiffSDXLPipeline",
+}
 TRAINED = {"beta_schedule": "linear"}  # the noise that motion adapters were trained with, whatever the UNet was
 # Options of an adapter: their names in UNetMotionModel, and MotionAdapter's default.
 OPTIONS = {
@@ -41,7 +45,7 @@ def animated(checkpoint: Checkpoint) -> Checkpoint:
         return checkpoint
     if checkpoint.pipeline not in ANIMATED:
         raise DexportError(
-            f"{checkpoint.path}: a {checkpoint.pipeline} takes no motion adapter; only {' and '.join(ANIMATED)} does"
+            f"{checkpoint.path}: a {checkpoint.pipeline} takes no motion adapter; only {' and '.join(ANIMATED)} do"
         )
     scheduler = {**checkpoint.scheduler, **TRAINED}
     return replace(checkpoint, pipeline=ANIMATED[checkpoint.pipeline], scheduler=scheduler)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PIPELINES = {
     "AnimateDiffPipeline": "animatediff",
+    "AnimateDiffSDXLPipeline": "animatediff_xl",
     "ConsistencyModelPipeline": "pixel",
     "DDIMPipeline": "pixel",
     "DDPMPipeline": "pixel",

@@ -1,4 +1,4 @@
-"""AnimateDiff: Stable Diffusion 1.x that draws videos, with a motion adapter in its UNet.
+"""AnimateDiff: Stable Diffusion that draws videos, with a motion adapter in its UNet; XL's is a file beside.
 
 Guo et al., "AnimateDiff: Animate Your Personalized Text-to-Image Diffusion Models without Specific Tuning" (2023),
 https://arxiv.org/abs/2307.04725
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from exporter.families import Shape, Spec, parts, stable_diffusion
+from exporter.families import Shape, Spec, parts, stable_diffusion, stable_diffusion_xl
 from runtimes.errors import DexportError
 from runtimes.manifest import Stage, Tensor
 
@@ -18,11 +18,16 @@ if TYPE_CHECKING:
     from exporter.checkpoint import Checkpoint
 
 NAME = "animatediff"
-COMPONENTS = {
-    **stable_diffusion.COMPONENTS,
+MOVING = {
     "unet": ("UNetMotionModel", "UNet2DConditionModel"),
     "vae": ("AutoencoderKL",),
     "motion_adapter": ("MotionAdapter", None),  # exporter.motion joins it to the UNet
+}
+COMPONENTS = {**stable_diffusion.COMPONENTS, **MOVING}
+# The family that draws the frames, and its pipeline.
+BASES: Mapping[str, tuple[Any, str]] = {
+    "AnimateDiffPipeline": (stable_diffusion, "StableDiffusionPipeline"),
+    "AnimateDiffSDXLPipeline": (stable_diffusion_xl, "StableDiffusionXLPipeline"),
 }
 FRAMES = 16  # diffusers' default, and the length of the videos that the adapters were trained on
 FPS = 8.0  # likewise
@@ -37,17 +42,17 @@ def rename(component: str, name: str) -> str | None:
     return None if name.endswith(".pos_embed.pe") else parts.rename(component, name)
 
 
-def denoiser(modules: Any, sample: Any, timestep: Any, encoder_hidden_states: Any, *more: Any) -> Any:
-    """[B, 4, F, h, w], [B], [B, S, D], and [B] if distilled, to the predicted noise: [B, 4, F, h, w]."""
-    states = encoder_hidden_states.repeat_interleave(sample.shape[2], dim=0)  # [B·F, S, D]
-    return stable_diffusion.denoiser(modules, sample, timestep, states, *more)
-
-
 def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
-    """Stable Diffusion's graphs, with a denoiser of samples with frames, and no encoder."""
+    """The graphs of a family of pictures, with a denoiser of samples with frames, and no encoder."""
     config, frames = checkpoint.components["unet"].config, _frames(checkpoint)
-    made = dict(stable_diffusion.specs(_pictures(checkpoint), shape))
+    family, pictures = _base(checkpoint)
+    made = dict(family.specs(pictures, shape))
     del made["encoder"]
+
+    def denoiser(modules: Any, sample: Any, timestep: Any, encoder_hidden_states: Any, *more: Any) -> Any:
+        """[B, 4, F, h, w], [B], [B, S, D] and what the family has more, to the predicted noise: [B, 4, F, h, w]."""
+        states = encoder_hidden_states.repeat_interleave(sample.shape[2], dim=0)  # [B·F, S, D]
+        return family.denoiser(modules, sample, timestep, states, *more)
 
     def moving(tensor: Tensor) -> Tensor:
         batch, channels, *sides = tensor.shape
@@ -63,11 +68,12 @@ def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
 
 
 def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
-    """Stable Diffusion's loop over samples with frames."""
-    (stage,) = stable_diffusion.stages(_pictures(checkpoint), shape)
+    """The loop of a family of pictures over samples with frames."""
+    family, pictures = _base(checkpoint)
+    (stage,) = family.stages(pictures, shape)
     channels, *sides = stage.sample
     sample = (channels, _frames(checkpoint), *sides)
-    return (replace(stage, sample=sample, encoder=None, scheduler=checkpoint.scheduler, steps=STEPS, fps=FPS),)
+    return (replace(stage, sample=sample, encoder=None, steps=STEPS, fps=FPS),)
 
 
 def build_unet(config: Mapping[str, Any]) -> Any:
@@ -77,9 +83,10 @@ def build_unet(config: Mapping[str, Any]) -> Any:
     return parts.with_guidance(UNetMotionModel.from_config(dict(config)))
 
 
-def _pictures(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint as one of the family that draws the frames."""
-    return replace(checkpoint, pipeline="StableDiffusionPipeline")
+def _base(checkpoint: Checkpoint) -> tuple[Any, Checkpoint]:
+    """The family that draws the frames, and the checkpoint as one of it."""
+    family, pipeline = BASES[checkpoint.pipeline]
+    return family, replace(checkpoint, pipeline=pipeline)
 
 
 def _frames(checkpoint: Checkpoint) -> int:

@@ -125,5 +125,8 @@ def test_engine_of_the_denoiser_is_built(made: Made, tmp_path: Path) -> None:
     if backend("tensorrt").version() is None:
         pytest.skip("TensorRT is not installed")
     graph = hub.load(made.built.hub).graphs["denoiser"]
-    built = compilers.compile_graph(made.built.hub / graph.file, graph, tmp_path, Target.parse("tensorrt:sm89"), "fp32")
+    (tmp_path / "denoiser").mkdir()
+    built = compilers.compile_graph(
+        made.built.hub / graph.file, graph, tmp_path / "denoiser", Target.parse("tensorrt:sm89"), "fp32"
+    )
     assert (tmp_path / built.file).stat().st_size > 10_000

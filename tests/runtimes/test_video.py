@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +14,11 @@ from PIL import Image
 
 from runtimes import video
 from runtimes.accuracy import psnr
+from runtimes.check import check_model
 from runtimes.errors import DexportError
 from runtimes.image import read_settings
+from runtimes.manifest import Graph, Guidance, Model, Stage, Tensor, from_json, to_json
+from runtimes.pipeline import Pipeline
 from runtimes.video import Video
 
 SETTINGS = {"prompt": "Äpfel", "seed": 7, "fps": 8.0}
@@ -109,8 +114,7 @@ def test_what_cannot_be_written_is_said_before(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
-    if "av" not in sys.modules:
-        pytest.importorskip("av")
+    pytest.importorskip("av")
     with pytest.raises(DexportError, match="even height and width, not 47x47"):
         Video(frames(2, 47), 8.0).save(tmp_path / "a.mp4")
     assert not list(tmp_path.iterdir())
@@ -127,3 +131,91 @@ def test_frames_are_decoded_one_at_a_time() -> None:
     assert seen == [(2, 4, 2, 2)] * 3
     assert made.shape == (2, 3, 3, 4, 4)
     assert (made[1, 2, 0, ::2, ::2] == sample[1, 0, 2]).all()
+
+
+SAMPLE = Tensor("sample", "float32", ("batch", 4, 3, 2, 2))
+FRAME = Tensor("sample", "float32", ("batch", 4, 2, 2))
+
+
+class Denoiser:
+    """Half of the sample, lighter from frame to frame."""
+
+    max_batch = None
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        assert inputs["sample"].shape[1:] == (4, 3, 2, 2)
+        return {"output": 0.5 * inputs["sample"] + np.arange(3, dtype=np.float32)[:, None, None]}
+
+
+class Decoder:
+    max_batch = 1
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        assert inputs["sample"].shape == (1, 4, 2, 2)
+        return {"image": inputs["sample"][:, :3].repeat(2, axis=-1).repeat(2, axis=-2) / 8 + 0.5}
+
+
+def model(**changes: Any) -> Model:
+    timestep, output = Tensor("timestep", "float32", ("batch",)), replace(SAMPLE, name="output")
+    graphs = {
+        "denoiser": Graph("denoiser", "denoiser/d", (SAMPLE, timestep), (output,)),
+        "decoder": Graph("decoder", "decoder/d", (FRAME,), (Tensor("image", "float32", ("batch", 3, 4, 4)),)),
+    }
+    scheduler = {"_class_name": "DDIMScheduler", "clip_sample": False}
+    stage = Stage("base", "denoiser", None, "decoder", None, (4, 3, 2, 2), 2, scheduler, Guidance("none", 1.0), 2)
+    return Model("test", "test", graphs, (), (replace(stage, **{"fps": 8.0, **changes}),), ())
+
+
+def pipeline(described: Model) -> Pipeline:
+    sessions: dict[str, Any] = {"denoiser": Denoiser(), "decoder": Decoder()}
+    return Pipeline(described, Path(), sessions.__getitem__)
+
+
+def test_pipeline_gives_videos_with_their_settings() -> None:
+    result = pipeline(model())(images=2, seed=5, fps=24)
+    assert not result.images and [len(one.frames) for one in result.videos] == [3, 3]
+    assert [one.fps for one in result.videos] == [24, 24]
+    assert [(one["seed"], one["frames"], one["fps"], one["size"]) for one in result.settings] == [
+        (5, 3, 24, [4, 4]), (6, 3, 24, [4, 4]),
+    ]  # fmt: skip
+    alone = pipeline(model())(seed=6).videos[0]
+    assert [frame.tobytes() for frame in alone.frames] == [frame.tobytes() for frame in result.videos[1].frames]
+    assert alone.frames[0].tobytes() != alone.frames[1].tobytes() and alone.fps == 8.0
+
+
+def test_requests_that_a_video_cannot_meet_are_refused() -> None:
+    for asked, message in (
+        ({"fps": 0}, "0.1 to 240 frames a second"),
+        ({"fps": "8"}, "0.1 to 240 frames a second"),
+        ({"image": Image.new("RGB", (4, 4))}, "videos out of noise alone"),
+        ({"size": (8, 8)}, "4x4 pixels"),
+    ):
+        with pytest.raises(DexportError, match=message):
+            pipeline(model())(**asked)
+
+
+def test_a_model_of_videos_must_make_sense() -> None:
+    check_model(model(), "here")
+    assert from_json(Model, to_json(model()), "here") == model()
+    encoder = Graph("encoder", "encoder/e", (Tensor("image", "float32", ("batch", 3, 4, 4)),), (FRAME,))
+    free = replace(SAMPLE, shape=("batch", 4, "height", 2, 2))
+    for changed, message in (
+        (model(fps=0.0), "fps: a video has"),
+        (model(fps=None), r"sample is \(4, 3, 2, 2\); it must be 3 numbers"),
+        (model(sample=(4, 2, 2)), r"sample is \(4, 2, 2\); it must be 4 numbers"),
+        (model(sample=(4, 5, 2, 2)), "the denoiser's"),
+        (with_graph(model(encoder="encoder"), "encoder", encoder), "a video starts from noise"),
+        (with_inputs(model(), "denoiser", free), "the denoiser's frames is 'height'"),
+        (with_inputs(model(), "decoder", SAMPLE), "one frame, "),
+    ):
+        with pytest.raises(DexportError, match=message):
+            check_model(changed, "here")
+
+
+def with_graph(described: Model, name: str, graph: Graph) -> Model:
+    return replace(described, graphs={**described.graphs, name: graph})
+
+
+def with_inputs(described: Model, name: str, sample: Tensor) -> Model:
+    graph = described.graphs[name]
+    return with_graph(described, name, replace(graph, inputs=(sample, *graph.inputs[1:])))
