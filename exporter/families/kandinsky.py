@@ -6,6 +6,7 @@ https://arxiv.org/abs/2310.03502; the prior is that of Ramesh et al., "unCLIP" (
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -73,7 +74,7 @@ def default_shape(checkpoint: Checkpoint) -> tuple[int, int]:
 def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
     """The six graphs. Raises DexportError for another UNet, and for sizes that have no whole latents."""
     config, drawn = checkpoint.components["unet"].config, _canvas(checkpoint, shape)
-    unet2d.check_shape(shape.height, shape.width, drawn.factor**2)
+    unet2d.check_shape(shape.height, shape.width, drawn.factor * _multiple(checkpoint))
     if (config.get("encoder_hid_dim_type"), config.get("addition_embed_type")) != ("image_proj", "image"):
         raise DexportError(
             f"unet/config.json: encoder_hid_dim_type={config.get('encoder_hid_dim_type')!r:.60} and "
@@ -100,7 +101,7 @@ def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
         **PRIOR.specs(checkpoint),
         "embedding": Spec("decoder", build_embedding, embedding, (latent,), (embeds, nothing), {}),
         "denoiser": Spec(
-            "denoiser", build_unet, denoiser if learned else noise_only, inputs, (output,), drawn.odd_sizes
+            "denoiser", build_unet, denoiser if learned else noise_only, inputs, (output,), drawn.latent_sizes
         ),
         "decoder": Spec("decoder", build_movq, decode, (drawn.sample,), (drawn.image,), drawn.latent_sizes),
         "encoder": Spec("encoder", build_movq, encode, (drawn.image,), (drawn.sample,), drawn.pixel_sizes),
@@ -118,7 +119,7 @@ def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
         ),
         Stage(
             "decoder", "denoiser", None, "decoder", "encoder", sample, drawn.factor, checkpoint.scheduler,
-            Guidance("cfg", GUIDANCE), STEPS, multiple=drawn.factor,
+            Guidance("cfg", GUIDANCE), STEPS, multiple=_multiple(checkpoint),
         ),
     )  # fmt: skip
 
@@ -126,6 +127,15 @@ def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
 def token_inputs(checkpoint: Checkpoint) -> Mapping[str, Tokens]:
     """The prior's tokenizer's ids go to ``tokens``."""
     return {"prior_tokenizer": PRIOR.tokens(checkpoint)}
+
+
+def _multiple(checkpoint: Checkpoint) -> int:
+    """What the latents' sides must be multiples of: the autoencoder's factor, as diffusers rounds them, and the UNet's.
+
+    Its blocks double what they were given, and do not meet a skip connection of an odd size.
+    """
+    halved = 1 << (len(parts.blocks("unet", checkpoint.components["unet"].config, [64])) - 1)
+    return math.lcm(parts.pixels_per_latent(checkpoint, "movq"), halved)
 
 
 def _canvas(checkpoint: Checkpoint, shape: Shape) -> parts.Canvas:
