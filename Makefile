@@ -39,4 +39,4 @@ format: $(STAMP)
 	$(BIN)/ruff check --quiet --fix
 
 clean:
-	rm -rf demo build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf demo own-model build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,22 +1,21 @@
-"""Make a checkpoint of Stable Diffusion 1.5's size and shape with random weights: fp16 safetensors, 2.1 GB.
+"""Make a checkpoint of a well-known model's size and shape with random weights, in the precision that it is shared in.
 
-    python benchmarks/checkpoints.py OUT [--vocabulary bpe_simple_vocab_16e6.txt.gz] [--seed 0]
+    python benchmarks/checkpoints.py /tmp/sd15
+    python benchmarks/checkpoints.py /tmp/sdxl --like stable-diffusion-xl
+    python benchmarks/checkpoints.py /tmp/flux --like flux --layers 0.25
 
-Speed and memory depend on shapes alone, so random weights will do, and nothing has to be downloaded. The vocabulary is
-CLIP's 49,408 entries if a file of its merges is given (the ``open-clip-torch`` wheel has it, as
-open_clip/bpe_simple_vocab_16e6.txt.gz; a .whl is taken too), else as many made-up ones. Memory: one tensor at a time.
+Speed and memory depend on shapes alone, so random weights will do, and nothing has to be downloaded. The sizes: 2.1 GB,
+6.9 GB, and 24 GB for Flux's transformer, of whose blocks --layers takes a share. Memory: one tensor at a time.
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
-import itertools
 import json
 import math
 import shutil
 import sys
-import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,121 +23,157 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from exporter.families import Spec, parts  # the path above comes first
+from exporter import tokenizer  # the path above comes first
+from exporter.checkpoint import Checkpoint, Component
+from exporter.families import Shape
+from exporter.single_file import CONFIGS
 from exporter.trace import build
 from exporter.weights import parameter_shapes
 
-TOKENS = 49_408
-BPE = "bpe_simple_vocab_16e6.txt.gz"
-# The configs of Stable Diffusion 1.5, without what the classes have as default.
-TEXT = {
-    "architectures": ["CLIPTextModel"], "hidden_act": "quick_gelu", "hidden_size": 768, "intermediate_size": 3072,
-    "max_position_embeddings": 77, "model_type": "clip_text_model", "num_attention_heads": 12,
-    "num_hidden_layers": 12, "projection_dim": 768, "vocab_size": TOKENS, "bos_token_id": 49406,
-    "eos_token_id": 49407, "pad_token_id": 49407,
+# black-forest-labs/FLUX.1-dev as it is, but for its second text encoder: one block of T5-XXL's 24.
+FLUX: dict[str, dict[str, Any]] = {
+    ".": {
+        "_class_name": "FluxPipeline", "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"], "text_encoder_2": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"], "tokenizer_2": ["transformers", "T5TokenizerFast"],
+        "transformer": ["diffusers", "FluxTransformer2DModel"], "vae": ["diffusers", "AutoencoderKL"],
+    },
+    "scheduler": {
+        "_class_name": "FlowMatchEulerDiscreteScheduler", "base_image_seq_len": 256, "base_shift": 0.5,
+        "max_image_seq_len": 4096, "max_shift": 1.15, "num_train_timesteps": 1000, "shift": 3.0,
+        "use_dynamic_shifting": True,
+    },
+    "text_encoder_2": {
+        "architectures": ["T5EncoderModel"], "model_type": "t5", "d_model": 4096, "d_ff": 10240, "d_kv": 64,
+        "num_heads": 64, "num_layers": 1, "vocab_size": 32128, "feed_forward_proj": "gated-gelu",
+        "is_encoder_decoder": False, "use_cache": False,
+    },
+    "transformer": {
+        "_class_name": "FluxTransformer2DModel", "attention_head_dim": 128, "guidance_embeds": True, "in_channels": 64,
+        "joint_attention_dim": 4096, "num_attention_heads": 24, "num_layers": 19, "num_single_layers": 38,
+        "patch_size": 1, "pooled_projection_dim": 768,
+    },
+    "vae": {
+        "_class_name": "AutoencoderKL", "block_out_channels": [128, 256, 512, 512], "latent_channels": 16,
+        "layers_per_block": 2, "sample_size": 1024, "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4, "scaling_factor": 0.3611, "shift_factor": 0.1159,
+        "use_quant_conv": False, "use_post_quant_conv": False,
+    },
 }  # fmt: skip
-UNET = {
-    "_class_name": "UNet2DConditionModel", "attention_head_dim": 8, "block_out_channels": [320, 640, 1280, 1280],
-    "cross_attention_dim": 768, "in_channels": 4, "out_channels": 4, "layers_per_block": 2, "sample_size": 64,
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-}  # fmt: skip
-VAE = {
-    "_class_name": "AutoencoderKL", "block_out_channels": [128, 256, 512, 512], "latent_channels": 4,
-    "layers_per_block": 2, "sample_size": 512, "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4, "scaling_factor": 0.18215,
-}  # fmt: skip
-SCHEDULER = {
-    "_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-    "num_train_timesteps": 1000, "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1,
-    "prediction_type": "epsilon",
-}  # fmt: skip
-INDEX = {
-    "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.42.1", "requires_safety_checker": False,
-    "feature_extractor": [None, None], "safety_checker": [None, None], "scheduler": ["diffusers", "DDIMScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
-}  # fmt: skip
-PARTS = {
-    "text_encoder": (TEXT, parts.build_text, "model"),
-    "unet": (UNET, parts.build_unet, "diffusion_pytorch_model"),
-    "vae": (VAE, parts.build_vae, "diffusion_pytorch_model"),
-}
+BLOCKS = ("num_layers", "num_single_layers")
+T5_WORDS = 32_100  # of its vocabulary, with the ids beyond left unused
 
 
-def write_component(folder: Path, name: str, seed: int) -> int:
-    """Write config.json and random fp16 weights; return the number of parameters."""
-    config, builder, stem = PARTS[name]
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    spec = Spec("denoiser", {name: lambda: builder(config)}, lambda modules: None, (), (), {})
-    shapes = {key.partition(".")[2]: shape for key, shape in sorted(parameter_shapes(build(spec)).items())}
-    if name == "text_encoder":
-        shapes = {f"text_model.{key}": shape for key, shape in shapes.items()}  # as the real checkpoints have it
+def configuration(like: str, layers: float) -> dict[str, dict[str, Any]]:
+    """The JSON files of a checkpoint by folder, model_index.json as "."; ``layers``: the share of the blocks."""
+    if like != "flux":
+        found = {path.parent.name: json.loads(path.read_text()) for path in sorted((CONFIGS / like).glob("*/*.json"))}
+        return {".": json.loads((CONFIGS / like / "model_index.json").read_text()), **found}
+    own = configuration("stable-diffusion-xl", 1.0)
+    transformer = FLUX["transformer"] | {name: max(round(FLUX["transformer"][name] * layers), 1) for name in BLOCKS}
+    return {**FLUX, "text_encoder": own["text_encoder"], "tokenizer": own["tokenizer"], "transformer": transformer}
+
+
+def write(output: Path, like: str, layers: float, seed: int) -> None:
+    """Write the checkpoint, and print the number of parameters of each component."""
+    configs = configuration(like, layers)
+    for name, config in configs.items():
+        kind = {".": "model_index", "scheduler": "scheduler_config"}.get(name, "config")
+        folder = output / name
+        folder.mkdir(parents=True, exist_ok=True)
+        if name.startswith("tokenizer"):
+            (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+            tokenizer.write(CONFIGS / "stable-diffusion-1" / "tokenizer", "CLIPTokenizer", folder / "tokenizer.json")
+        else:
+            (folder / f"{kind}.json").write_text(json.dumps(config, indent=2) + "\n")
+    if like == "flux":
+        write_t5_tokenizer(output / "tokenizer_2")
+    for index, (name, shapes) in enumerate(sorted(parameters(output, configs).items())):
+        folder = output / name
+        stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
+        count = write_weights(folder / f"{stem}.safetensors", shapes, "BF16" if like == "flux" else "F16", seed + index)
+        print(f"{name}: {count / 1e6:.1f} M parameters", flush=True)
+
+
+def parameters(path: Path, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The shapes of each component's parameters, by the names that its class gives them."""
+    index = configs["."]
+    components = {
+        name: Component(name, index[name][1], path, config, {})
+        for name, config in configs.items()
+        if name in index and name != "scheduler" and not name.startswith("tokenizer")
+    }
+    read = Checkpoint(path, index["_class_name"], components, configs["scheduler"], {}, {}, index=index)
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    for spec in read.family.specs(read, Shape(*read.family.default_shape(read), free=False)).values():
+        for key, shape in parameter_shapes(build(spec)).items():
+            component, _, name = key.partition(".")
+            found.setdefault(component, {})[name] = shape
+    return found
+
+
+def write_weights(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, seed: int) -> int:
+    """Write random weights of two bytes each; return their number."""
     header: dict[str, Any] = {}
     offset = 0
-    for key, shape in shapes.items():
+    for key, shape in sorted(shapes.items()):
         size = 2 * math.prod(shape)
-        header[key] = {"dtype": "F16", "shape": list(shape), "data_offsets": [offset, offset + size]}
+        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     random = np.random.Generator(np.random.SFC64(seed))
-    with (folder / f"{stem}.safetensors").open("wb") as stream:
+    with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for key, shape in shapes.items():
-            stream.write(_values(random, key, shape).tobytes())
+        for key, shape in sorted(shapes.items()):
+            values = _values(random, key, shape, text=file.stem == "model")
+            bits = values.astype(np.float16) if dtype == "F16" else (values.view(np.uint32) >> 16).astype(np.uint16)
+            stream.write(bits.tobytes())
     return offset // 2
 
 
-def _values(random: np.random.Generator, key: str, shape: tuple[int, ...]) -> Any:
+def _values(random: np.random.Generator, key: str, shape: tuple[int, ...], *, text: bool) -> Any:
     """Values that keep activations near 1: norms at 1, biases 0, matrices with a variance of 1/fan-in."""
     if len(shape) == 1:
-        return np.full(shape, key.endswith("weight"), np.float16)
-    fan_in = 2500 if "embedding." in key and key.startswith("text") else math.prod(shape[1:])
-    return (random.standard_normal(shape, np.float32) / math.sqrt(fan_in)).astype(np.float16)
+        return np.full(shape, key.endswith("weight"), np.float32)
+    fan_in = 2500 if text and ("embedding" in key or "shared" in key) else math.prod(shape[1:])
+    return random.standard_normal(shape, np.float32) / np.float32(math.sqrt(fan_in))
 
 
-def write_tokenizer(folder: Path, vocabulary: Path | None) -> None:
-    """Write vocab.json and merges.txt: CLIP's own from its file of merges, else made-up ones of the same count."""
-    folder.mkdir(parents=True)
-    letters = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
-    words = letters + [f"{letter}</w>" for letter in letters]
-    count = TOKENS - len(words) - 2
-    if vocabulary is None:
-        merges = [" ".join(pair) for pair in itertools.islice(itertools.product(letters, words), count)]
-    elif vocabulary.suffix == ".whl":
-        with zipfile.ZipFile(vocabulary) as wheel:
-            merges = gzip.decompress(wheel.read(f"open_clip/{BPE}")).decode().split("\n")[1 : count + 1]
-    else:
-        merges = gzip.decompress(vocabulary.read_bytes()).decode().split("\n")[1 : count + 1]
-    words += [merge.replace(" ", "") for merge in merges] + ["<|startoftext|>", "<|endoftext|>"]
-    ids = {word: index for index, word in enumerate(words)}
-    assert len(words) == TOKENS and ids["<|endoftext|>"] == TOKENS - 1, len(words)
-    (folder / "vocab.json").write_text(json.dumps(ids, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
-    marks = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
-    options = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "unk_token": "<|endoftext|>", **marks}
-    (folder / "tokenizer_config.json").write_text(json.dumps(options, indent=2) + "\n")
+def write_t5_tokenizer(folder: Path) -> None:
+    """A Unigram vocabulary of T5's size and marks; its words are made up."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    letters = [chr(code) for code in range(33, 127)]
+    words = ["▁", *letters, *(f"▁{letter}" for letter in letters)]
+    words += [f"▁{one}{two}{three}" for one in letters for two in letters for three in letters]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((word, -float(len(word))) for word in words)][:T5_WORDS]
+    made = Tokenizer(models.Unigram(pieces, unk_id=2))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    folder.mkdir()
+    made.save(str(folder / "tokenizer.json"))
+    marks = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "model_max_length": 512}
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "T5Tokenizer", **marks}, indent=2) + "\n"
+    )
 
 
 def main() -> None:
     """Write the checkpoint and say how large it is."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("output", type=Path)
-    parser.add_argument("--vocabulary", type=Path, help=f"{BPE}, or the open-clip-torch wheel that has it")
+    kinds = [path.name for path in sorted(CONFIGS.iterdir()) if path.is_dir()]
+    parser.add_argument("--like", choices=[*kinds, "flux"], default="stable-diffusion-1")
+    parser.add_argument("--layers", type=float, default=1.0, help="share of Flux's blocks")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.output.exists():
         parser.error(f"{options.output} exists")
     try:
-        for index, name in enumerate(PARTS):
-            count = write_component(options.output / name, name, options.seed + index)
-            print(f"{name}: {count / 1e6:.1f} M parameters", flush=True)
-        write_tokenizer(options.output / "tokenizer", options.vocabulary)
-        (options.output / "scheduler").mkdir()
-        (options.output / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
-        (options.output / "model_index.json").write_text(json.dumps(INDEX, indent=2) + "\n")
+        write(options.output, options.like, options.layers, options.seed)
     except BaseException:
         shutil.rmtree(options.output, ignore_errors=True)
         raise

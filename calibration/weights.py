@@ -58,8 +58,8 @@ LEAST = float(np.finfo(np.float32).tiny)  # scale: its reciprocal is a float32 t
 
 
 def group_of(kind: str, precision: str) -> int:
-    """``narrow``'s group for a kind of graph: text encoders are exact rather than fast, as they run once a picture."""
-    return FINE if (kind, precision) == ("text", "w8") else 0
+    """``narrow``'s group for a kind of graph: what runs once a picture is exact rather than fast."""
+    return FINE if kind in ("text", "hint") and precision == "w8" else 0
 
 
 def narrow(

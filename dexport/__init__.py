@@ -21,12 +21,15 @@ if TYPE_CHECKING:
     from exporter.ensemble import Origin
     from exporter.hub import export
     from exporter.inspect import inspect
+    from exporter.own import OwnModel
     from exporter.quantized import Quantization
     from exporter.quantized import calibrate_hub as calibrate
     from runtimes.bench import bench
     from runtimes.bundle import verify
     from runtimes.doctor import doctor
     from runtimes.errors import DexportError, GateError, IntegrityError
+    from runtimes.hints import Hint
+    from runtimes.manifest import Guidance
     from runtimes.pipeline import Pipeline, Request, Result
     from runtimes.samplers.describe import describe as sampler
 
@@ -38,8 +41,11 @@ __all__ = [
     "Built",
     "DexportError",
     "GateError",
+    "Guidance",
+    "Hint",
     "IntegrityError",
     "Origin",
+    "OwnModel",
     "Pipeline",
     "Quantization",
     "Request",
@@ -62,8 +68,11 @@ _HOMES = {
     "Built": "exporter.build:Built",
     "DexportError": "runtimes.errors:DexportError",
     "GateError": "runtimes.errors:GateError",
+    "Guidance": "runtimes.manifest:Guidance",
+    "Hint": "runtimes.hints:Hint",
     "IntegrityError": "runtimes.errors:IntegrityError",
     "Origin": "exporter.ensemble:Origin",
+    "OwnModel": "exporter.own:OwnModel",
     "Pipeline": "runtimes.pipeline:Pipeline",
     "Quantization": "exporter.quantized:Quantization",
     "Request": "runtimes.pipeline:Request",

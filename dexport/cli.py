@@ -10,7 +10,7 @@ import click
 import dexport
 from dexport import console, tables
 from dexport import output as outputs
-from dexport.group import FAILED_GATE, ByStage, Face, Numbers, SamplerName, Shape, TargetName
+from dexport.group import FAILED_GATE, ByStage, Face, HintFile, Numbers, SamplerName, Shape, TargetName
 from dexport.options import (
     FOLDER,
     calibration_steps_option,
@@ -211,6 +211,10 @@ def compile_(
     "--prompts", "prompt_file", type=click.File(encoding="utf-8-sig"), help="A UTF-8 file with one prompt a line."
 )
 @click.option("--negative-prompt", default="", help="What not to draw.")
+@click.option(
+    "--prompt-weights/--no-prompt-weights", default=True, show_default=True,
+    help="Whether brackets weigh words, as in (apple:1.3); else they are text.",
+)  # fmt: skip
 @click.option("--class", "labels", multiple=True, help="Class of a model that has some: name or number. Likewise.")
 @click.option(
     "--steps", type=ByStage(click.IntRange(1)), multiple=True, callback=ByStage.together,
@@ -239,6 +243,11 @@ def compile_(
     "--strength", type=click.FloatRange(0, 1, min_open=True),
     help="How much of the picture of --image may change. [default: 0.8, or 1 with --mask]",
 )  # fmt: skip
+@click.option(
+    "--hint", "hint_files", type=HintFile(), multiple=True,
+    help="A picture that steers: a ControlNet's, an adapter's. NAME may be left out where there is one; SCALE "
+    "is how strongly, INTERVAL the part of the steps, like edges.png:0.8:0,0.6. May be given several times.",
+)  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Image i has SEED + i.")
 @click.option(
     "-n", "--images", type=click.IntRange(1), default=1, show_default=True, help="Images for each prompt or class."
@@ -264,6 +273,7 @@ def run(
     prompt_file: Any,
     image_file: Path | None,
     mask_file: Path | None,
+    hint_files: tuple[tuple[str, Path, dict[str, Any]], ...],
     threads: int | None,
     cache: Path | None,
     output: Path | None,
@@ -279,6 +289,7 @@ def run(
       dexport run bundle --prompt "red apple" --prompt "green apple" --steps 20 --seed 7 -o apples
       dexport run bundle --class "golden retriever" --class 207 -n 4 -o dogs
       dexport run animatediff --prompt "a corgi walking" --fps 12 -o corgi.gif
+      dexport run bundle --prompt "a cottage" --hint canny=edges.png:0.8 -o cottage.png
     """
     try:
         lines = [line.strip() for line in prompt_file] if prompt_file else []
@@ -291,6 +302,9 @@ def run(
     count = max(len(every), len(settings["labels"]), 1)
     settings["image"] = console.open_image(image_file) if image_file else None
     settings["mask"] = console.open_image(mask_file) if mask_file else None
+    if len({name for name, _, _ in hint_files}) < len(hint_files):
+        raise click.UsageError("two pictures of --hint have the same name")
+    settings["hints"] = {name: dexport.Hint(console.open_image(file), **how) for name, file, how in hint_files}
     with console.working() as progress:
         pipeline = dexport.load(bundle, threads=threads, cache=cache)
         files = outputs.files(output, count * settings["images"], videos=pipeline.fps is not None)

@@ -138,6 +138,13 @@ def seconds(value: float) -> str:
     return f"{value:.3g} s" if value >= 1 else f"{value * 1000:.3g} ms"
 
 
+def duration(value: float) -> str:
+    """A long duration for people: ``40 s``, ``7 min``, ``1.5 h``."""
+    if value < 90:
+        return f"{value:.0f} s"
+    return f"{value / 60:.0f} min" if value < 5400 else f"{value / 3600:.1f} h"
+
+
 def shape(dims: Sequence[int | str]) -> str:
     """A tensor's shape: ``[batch, 4, 64, 64]``."""
     return "[" + ", ".join(str(dim) for dim in dims) + "]"

@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -159,6 +160,27 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]  # generic only in lat
         if self.exactly and len(numbers) != self.exactly:
             self.fail(f"{value!r} must be {self.exactly} numbers with a comma between", param, ctx)
         return numbers[0] if len(numbers) == 1 else numbers
+
+
+class HintFile(click.ParamType):  # type: ignore[type-arg]  # generic only in later clicks
+    """A picture that steers, written ``NAME=FILE:SCALE:START,END``; all but the file may be left out."""
+
+    name = "[NAME=]FILE[:SCALE[:INTERVAL]]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the name, "" if there is none, the file, and what else is said as arguments of ``dexport.Hint``."""
+        if not isinstance(value, str):
+            return value
+        found = re.fullmatch(r"(?:([a-z][a-z0-9_]*)=)?(.+?)(?::(-?[\d.]+)(?::([\d.]+,[\d.]+))?)?", value, re.ASCII)
+        try:
+            name, file, scale, interval = found.groups() if found else ("", "", None, None)
+            how: dict[str, Any] = {} if scale is None else {"scale": float(scale)}
+            how |= {} if interval is None else {"interval": tuple(map(float, interval.split(",")))}
+        except ValueError:
+            file = ""
+        if not file:
+            self.fail(f"{value!r} is not [NAME=]FILE[:SCALE[:START,END]], like canny=edges.png:0.8:0,0.6", param, ctx)
+        return name or "", Path(file), how
 
 
 class ByStage(click.ParamType):  # type: ignore[type-arg]  # generic only in later clicks

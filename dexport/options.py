@@ -55,12 +55,16 @@ calibration_steps_option = click.option(
 
 def _origin(
     checkpoint: Path, config: str | None, loras: tuple[str, ...], clip_skip: int, refiner: Path | None,
-    prior: Path | None, decoder: Path | None, motion_adapter: Path | None, frames: int | None, sampler: str | None,
-    steps: int | None, guidance: float | None,
+    prior: Path | None, decoder: Path | None, sampler: str | None, steps: int | None, guidance: float | None,
+    controls: tuple[str, ...], ip_adapters: tuple[str, ...], image_encoder: Path | None, long_prompts: int,
+    embeddings: tuple[str, ...], motion_adapter: Path | None, frames: int | None,
 ) -> Origin:  # fmt: skip
     return dexport.Origin(
-        checkpoint, refiner, config, loras, clip_skip, sampler, steps, guidance, prior, decoder, motion_adapter, frames
-    )
+        checkpoint, refiner=refiner, config=config, loras=loras, clip_skip=clip_skip, sampler=sampler, steps=steps,
+        guidance=guidance, controls=controls, ip_adapters=ip_adapters, image_encoder=image_encoder,
+        long_prompts=long_prompts, embeddings=embeddings, prior=prior, decoder=decoder,
+        motion_adapter=motion_adapter, frames=frames,
+    )  # fmt: skip
 
 
 origin_options = together(
@@ -70,6 +74,10 @@ origin_options = together(
     click.option(
         "--lora", "loras", multiple=True, metavar="FILE[:SCALE]",
         help="Merge a LoRA into the weights, like style.safetensors:0.8. May be given several times.",
+    ),
+    click.option(
+        "--embedding", "embeddings", multiple=True, metavar="FILE[:WORD]",
+        help="Add a word of textual inversion, like style.safetensors:<style>. May be given several times.",
     ),
     click.option(
         "--clip-skip", type=click.IntRange(1), default=1, show_default=True,
@@ -85,7 +93,7 @@ origin_options = together(
         "--decoder", type=FOLDER, help="A consistency decoder, which draws the pictures in place of the autoencoder's."
     ),
     click.option(
-        "--motion-adapter", type=FOLDER, help="AnimateDiff's, for a Stable Diffusion 1.x that then draws videos."
+        "--motion-adapter", type=FOLDER, help="AnimateDiff's, for a Stable Diffusion 1.x or XL that then draws videos."
     ),
     click.option("--frames", type=click.IntRange(1), help="Frames of each video; the model's own number by default."),
     click.option("--sampler", type=SamplerName(), help="The model's sampler, in place of the checkpoint's."),
@@ -93,6 +101,19 @@ origin_options = together(
     click.option(
         "--guidance", type=click.FloatRange(0, 1000),
         help="The model's scale of guidance; up to 1 for one that was distilled to draw without.",
+    ),
+    click.option(
+        "--control", "controls", multiple=True, metavar="[NAME=]FOLDER",
+        help="A ControlNet or a T2I-Adapter, steered by the picture NAME of `run --hint`. May be given several times.",
+    ),
+    click.option(
+        "--ip-adapter", "ip_adapters", multiple=True, metavar="[NAME=]FILE",
+        help="An IP-Adapter, likewise: its picture stands for words. Needs --image-encoder.",
+    ),
+    click.option("--image-encoder", type=FOLDER, help="CLIP's image encoder, which an IP-Adapter was trained with."),
+    click.option(
+        "--long-prompts", type=click.IntRange(1), default=1, show_default=True,
+        help="How many times as long as its text encoder takes a prompt may be; what is beyond is cut off.",
     ),
 )  # fmt: skip
 """``origin``: the checkpoint, and all that is said of it."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dexport.console import print_table, seconds, shape, size
+from dexport.console import duration, print_table, seconds, shape, size
 
 if TYPE_CHECKING:
     from calibration.coverage import Coverage
@@ -155,6 +155,10 @@ def outline(found: Mapping[str, Any], indent: str = "") -> None:
 def _plain(key: str, value: Any) -> str:
     if key in ("size", "source_size") and isinstance(value, int):
         return size(value)
+    if key in ("memory", "disk"):
+        return f"about {size(value)}"
+    if key == "time":
+        return f"about {duration(value)}"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     if isinstance(value, list | tuple):

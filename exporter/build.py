@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from calibration import islands
 from calibration.islands import Found
@@ -25,6 +25,9 @@ from runtimes.errors import DexportError, Progress, silent
 from runtimes.manifest import Manifest, Model, Stage, to_json
 from runtimes.session import Session, require, runs_here
 from runtimes.target import Target
+
+if TYPE_CHECKING:
+    from exporter.own import OwnModel
 
 TOOLS = ("dexport", "torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy")
 
@@ -42,7 +45,7 @@ class Built:
 
 
 def build(
-    checkpoint: Origin | Path | str,
+    checkpoint: Origin | OwnModel | Path | str,
     output: Path | str,
     *,
     targets: Sequence[str] | str,

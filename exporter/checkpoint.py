@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter import clip_skip as clip_skips
-from exporter import combined, families, lora, motion, single_file
+from exporter import combined, families, lora, motion, single_file, textual_inversion
 from runtimes import strict_json
 from runtimes.bundle import hash_file
 from runtimes.errors import DexportError, Progress, silent
@@ -62,8 +62,10 @@ class Checkpoint:
     ``path`` is the folder or file, for messages. ``tokenizers`` are by component; ``files`` those that an
     export depends on, by the path that a manifest gives them; ``adapters`` what is merged into the weights. ``index``:
     what model_index.json says, of which only what is not asked for here has further use. ``scheduler`` is that of the
-    main stage; ``schedulers`` are all by component, where a family has several. ``refiner``: what goes on with
-    the pictures that this one draws; ``steps`` and ``guidance``: defaults in place of the family's (exporter.ensemble).
+    main stage; ``schedulers`` are all by component, where a family has several. ``refiner``: what goes on with the
+    pictures that this one draws; ``steps`` and ``guidance``: defaults in place of the family's; ``chunks``: how many
+    times as long as its text encoder takes a prompt may be (exporter.ensemble); ``words``: what its tokenizers have
+    beyond their files (exporter.textual_inversion); ``hints``: the components that steer by a picture (exporter.hints).
     ``frames``: those of a video, None for the family's own.
     """
 
@@ -80,11 +82,19 @@ class Checkpoint:
     steps: int | None = None
     guidance: float | None = None
     frames: int | None = None
+    hints: tuple[str, ...] = ()
+    chunks: int = 1
+    words: tuple[str, ...] = ()
 
     @property
     def family(self) -> families.Family:
         """The family that the pipeline's class belongs to."""
         return families.find(self.pipeline)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the weights lie in no file."""
+        return False
 
     def source(self) -> tuple[File, ...]:
         """Size and sha256 of every file that an export depends on; reads them all."""
@@ -97,6 +107,7 @@ def read(
     config: Path | str | None = None,
     prior: Path | str | None = None,
     loras: Sequence[Path | str] = (),
+    embeddings: Sequence[Path | str] = (),
     clip_skip: int = 1,
     motion_adapter: Path | str | None = None,
     check: bool = True,
@@ -106,10 +117,10 @@ def read(
 
     ``config`` is for a single file: the name of a configuration in ``exporter/configs``, or a diffusers folder whose
     weights are not looked at; by default the kind is read from the file. ``prior``: the folder of the prior that a
-    decoder was saved without (exporter.combined). ``loras``: files to merge, each "FILE" or
-    "FILE:SCALE". ``clip_skip``: which layer's states of the text encoder are used, counted from the last, 1.
-    ``motion_adapter``: the folder of one to join to the UNet (exporter.motion). Raises DexportError for what is
-    missing, damaged, unsupported, or only there as a pickle.
+    decoder was saved without (exporter.combined). ``loras``: files to merge, each "FILE" or "FILE:SCALE";
+    ``embeddings``: likewise, "FILE" or "FILE:WORD". ``clip_skip``: which layer's states of the text encoder are used,
+    counted from the last, 1. ``motion_adapter``: the folder of one to join to the UNet (exporter.motion). Raises
+    DexportError for what is missing, damaged, unsupported, or only there as a pickle.
     """
     path = Path(path)
     header = read_header(path) if path.is_file() and path.suffix == ".safetensors" else None
@@ -121,6 +132,7 @@ def read(
         index = combined.join(folder, index, place.prior, _read_index(place.prior))
     combined.check_whole(folder, index)
     pipeline = str(index.get("_class_name"))
+    pipeline = families.SAME.get(pipeline, pipeline)
     family = families.find(pipeline)
     names = families.schedulers(family)
     classes, configs, tokenizers = {}, {}, {}
@@ -136,7 +148,7 @@ def read(
             tokenizers[name] = TokenizerFiles(classes[name], place / name)
             used |= {f"{name}/{file}" for file in TOKENIZER_FILES if (place / name / file).is_file()}
         else:
-            configs[name] = _read_json(place / name / "config.json")
+            configs[name] = read_json(place / name / "config.json")
             used.add(f"{name}/config.json")
     files = {name: place / name for name in used}
     schedulers = {
@@ -145,7 +157,7 @@ def read(
     scheduler = schedulers[names[0]]
     weights: Mapping[str, Mapping[str, Stored]]
     if header is None:
-        weights = {name: _read_weights(place / name, name, files) for name in configs}
+        weights = {name: read_weights(place / name, name, files) for name in configs}
     else:
         weights = single_file.convert(path, header, configs)
         scheduler |= single_file.scheduler_options(header)
@@ -164,18 +176,18 @@ def read(
     if motion_adapter is not None:
         found = add(motion.animated(found), motion.ADAPTER, Path(motion_adapter), motion.CLASS)
     found = motion.join(found)
-    return clip_skips.skip(lora.merge(found, loras), clip_skip)
+    return clip_skips.skip(textual_inversion.merge(lora.merge(found, loras), embeddings), clip_skip)
 
 
 def add(checkpoint: Checkpoint, name: str, folder: Path, class_name: str) -> Checkpoint:
     """The checkpoint with one more component, from a folder of its own; DexportError for what is not of this class."""
     if not folder.is_dir():
         raise DexportError(f"{folder}: no such folder")
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if config.get("_class_name") != class_name:
         raise DexportError(f"{folder}: a {config.get('_class_name')!r:.60}; it must be a {class_name}")
     files = {**checkpoint.files, f"{name}/config.json": folder / "config.json"}
-    weights = _read_weights(folder, name, files)
+    weights = read_weights(folder, name, files)
     check_finite(weights.values())
     component = Component(name, class_name, folder, config, weights)
     return replace(checkpoint, components={**checkpoint.components, name: component}, files=files)
@@ -192,7 +204,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise DexportError(f"{folder}: no such folder")
     if (folder / "model_index.json").is_file():
-        return _read_json(folder / "model_index.json")
+        return read_json(folder / "model_index.json")
     for path in sorted(folder.iterdir()):
         if path.suffix in PICKLES:
             raise _pickle(path)
@@ -228,7 +240,7 @@ def _class_of(folder: Path, index: Mapping[str, Any], name: str) -> str:
 
 def _read_scheduler(path: Path, class_name: str) -> dict[str, Any]:
     """Read scheduler_config.json, without the infinities that diffusers writes for what is not limited."""
-    config = {"_class_name": class_name, **_read_json(path, finite=False)}
+    config = {"_class_name": class_name, **read_json(path, finite=False)}
     for name, value in list(config.items()):
         if all(math.isfinite(number) for number in _numbers(value)):
             continue
@@ -247,7 +259,8 @@ def _numbers(value: Any) -> Iterator[float]:
             yield from _numbers(item)
 
 
-def _read_json(path: Path, *, finite: bool = True) -> dict[str, Any]:
+def read_json(path: Path, *, finite: bool = True) -> dict[str, Any]:
+    """Read a configuration; DexportError for one that is missing or no JSON object."""
     if not path.is_file():
         raise DexportError(f"{path}: missing; the checkpoint is not whole")
     try:
@@ -259,7 +272,7 @@ def _read_json(path: Path, *, finite: bool = True) -> dict[str, Any]:
     return value
 
 
-def _read_weights(folder: Path, component: str, files: dict[str, Path]) -> Mapping[str, Stored]:
+def read_weights(folder: Path, component: str, files: dict[str, Path]) -> Mapping[str, Stored]:
     """Return a component's tensors by name; add the files that they come from (an index included) to ``files``."""
     for stem in STEMS:
         # "stem.safetensors", "stem.fp16.safetensors", and for shards "stem.safetensors.index[.fp16].json"
@@ -285,7 +298,7 @@ def _other_variants(folder: Path, stem: str) -> list[str]:
 
 def _read_shards(index: Path, component: str, files: dict[str, Path]) -> Mapping[str, Stored]:
     """Read the shards that an index lists; index and headers must agree on where each tensor is."""
-    places = _read_json(index).get("weight_map")
+    places = read_json(index).get("weight_map")
     if not (isinstance(places, dict) and places and all(isinstance(file, str) for file in places.values())):
         raise DexportError(f"{index}: no weight_map; copy or download it again")
     entries: dict[str, Stored] = {}

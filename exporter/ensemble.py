@@ -11,17 +11,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from exporter import checkpoint as checkpoints
-from exporter import consistency
+from exporter import consistency, hints, steering
 from exporter.checkpoint import Checkpoint, TokenizerFiles
 from exporter.families import Shape, Spec, Tokens
 from runtimes import cascade, samplers, subject
 from runtimes.errors import DexportError, Progress, silent
 from runtimes.manifest import File, Stage
 
+if TYPE_CHECKING:
+    from exporter.own import OwnModel
+
 HANDOVER = 0.8  # of the way from noise to picture; diffusers' documentation of SDXL, where the refiner begins
 PREFIX = "refiner_"
+MOST_CHUNKS = 64  # of a prompt, beyond all use
 # Of an autoencoder: what makes its latents those of another one.
 LATENTS = ("latent_channels", "scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
@@ -30,16 +35,18 @@ LATENTS = ("latent_channels", "scaling_factor", "shift_factor", "latents_mean", 
 class Origin:
     """A checkpoint, and what is made of it on the way in.
 
-    path: a diffusers folder or one .safetensors file. refiner: a second checkpoint, which goes on with what the first
-    one draws. prior: the folder of the prior that a decoder was saved without (exporter.combined). decoder: that of a
-    consistency decoder to draw the pictures with (exporter.consistency). config, loras, clip_skip: of the first one, as
-    in ``exporter.checkpoint.read``. sampler, steps, guidance: the model's defaults, in place of its checkpoint's and
-    family's; a model that was distilled to need no guidance says so nowhere, and is one with ``guidance`` up to 1. Of a
-    model with several ways (runtimes.cascade) they are of the main one. motion_adapter: the folder of one that makes a
-    model of pictures one of videos (exporter.motion). frames: of each video.
+    path: a diffusers folder, one .safetensors file, or a model of your own. refiner: a second checkpoint, which goes on
+    with what the first one draws. prior: the folder of the prior that a decoder was saved without (exporter.combined).
+    decoder: that of a consistency decoder to draw the pictures with (exporter.consistency). config, loras, embeddings,
+    clip_skip: of the first one, as in ``exporter.checkpoint.read``; controls, ip_adapters, image_encoder: what steers
+    it by pictures, as in ``exporter.hints.add``. sampler, steps, guidance: the model's defaults, in place of its
+    checkpoint's and family's; a model that was distilled to need no guidance says so nowhere, and is one with
+    ``guidance`` up to 1. Of a model with several ways (runtimes.cascade) they are of the main one. long_prompts: how
+    many chunks a prompt may have, each as long as the text encoder takes (75 tokens of CLIP's). motion_adapter: the
+    folder of one that makes a model of pictures one of videos (exporter.motion). frames: of each video.
     """
 
-    path: Path | str
+    path: Path | str | OwnModel
     refiner: Path | str | None = None
     config: Path | str | None = None
     loras: Sequence[Path | str] = ()
@@ -47,36 +54,45 @@ class Origin:
     sampler: str | None = None
     steps: int | None = None
     guidance: float | None = None
+    controls: Sequence[Path | str] = ()
+    ip_adapters: Sequence[Path | str] = ()
+    image_encoder: Path | str | None = None
+    long_prompts: int = 1
+    embeddings: Sequence[Path | str] = ()
     prior: Path | str | None = None
     decoder: Path | str | None = None
     motion_adapter: Path | str | None = None
     frames: int | None = None
 
     @classmethod
-    def of(cls, checkpoint: Origin | Path | str) -> Origin:
-        """An origin as it is; of a path, the checkpoint there with nothing more."""
+    def of(cls, checkpoint: Origin | OwnModel | Path | str) -> Origin:
+        """An origin as it is; of a path or a model, that with nothing more."""
         return checkpoint if isinstance(checkpoint, Origin) else cls(checkpoint)
 
     @property
     def checkpoints(self) -> list[Path]:
         """The paths of the checkpoints, which nothing is written into."""
-        return [
-            Path(path)
-            for path in (self.path, self.refiner, self.prior, self.decoder, self.motion_adapter)
-            if path is not None
-        ]
+        paths = (self.path, self.refiner, self.prior, self.decoder, self.motion_adapter)
+        return [Path(path) for path in paths if isinstance(path, Path | str)]
 
 
-def read(origin: Origin | Path | str, *, progress: Progress = silent) -> Checkpoint:
+def read(origin: Origin | OwnModel | Path | str, *, progress: Progress = silent) -> Checkpoint:
     """Read a checkpoint and the one that refines what it draws, if any; ``stages`` finds whether they fit."""
     origin = Origin.of(origin)
-    base = checkpoints.read(
-        Path(origin.path), config=origin.config, prior=origin.prior, loras=origin.loras, clip_skip=origin.clip_skip,
-        motion_adapter=origin.motion_adapter, progress=progress,
-    )  # fmt: skip
+    if not 1 <= origin.long_prompts <= MOST_CHUNKS:
+        raise DexportError(f"long prompts may have 1 to {MOST_CHUNKS} chunks, not {origin.long_prompts}")
+    if isinstance(origin.path, Path | str):
+        base = checkpoints.read(
+            Path(origin.path), config=origin.config, prior=origin.prior, loras=origin.loras,
+            embeddings=origin.embeddings, clip_skip=origin.clip_skip,
+            motion_adapter=origin.motion_adapter, progress=progress,
+        )  # fmt: skip
+        base = hints.add(base, origin.controls, origin.ip_adapters, origin.image_encoder)
+    else:
+        base = _own(origin.path, origin)
     second = checkpoints.read(Path(origin.refiner), progress=progress) if origin.refiner is not None else None
     base, *others = (
-        replace(part, scheduler=samplers.choose(part.scheduler, origin.sampler))
+        replace(part, scheduler=samplers.choose(part.scheduler, origin.sampler), chunks=origin.long_prompts)
         for part in (base, second)
         if part is not None
     )
@@ -88,10 +104,23 @@ def read(origin: Origin | Path | str, *, progress: Progress = silent) -> Checkpo
     return base
 
 
+def _own(model: OwnModel, origin: Origin) -> Checkpoint:
+    """A model of one's own as a checkpoint; it takes nothing that is only said of files."""
+    from exporter import own  # with torch, which whoever has such a model has loaded
+
+    if not isinstance(model, own.OwnModel):
+        raise DexportError(f"a checkpoint is a path, or a dexport.OwnModel, not {model!r:.60}")
+    if origin != Origin(model, sampler=origin.sampler, steps=origin.steps, guidance=origin.guidance):
+        raise DexportError(
+            "a model of your own takes nothing that is said of files: no refiner, LoRA, ControlNet and the like"
+        )
+    return own.read(model)
+
+
 def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
     """The graphs of a checkpoint by name, those of its refiner and of a consistency decoder among them.
 
-    What lies between two of them is left out.
+    What lies between two of them is left out. Raises DexportError for options that the model does not have.
     """
     made = _specs(checkpoint, shape)
     if consistency.component(checkpoint) is None:
@@ -101,7 +130,9 @@ def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
 
 
 def _specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
-    own = checkpoint.family.specs(checkpoint, shape)
+    own = steering.specs(checkpoint, shape, checkpoint.family.specs(checkpoint, shape))
+    if checkpoint.chunks > 1 and not any(spec.sizes for spec in own.values()):
+        raise DexportError(f"long prompts are for models of CLIP's states; leave them out for a {checkpoint.pipeline}")
     if checkpoint.refiner is None:
         return own
     unused = {stage.decoder for stage in checkpoint.family.stages(checkpoint, shape)}
@@ -123,6 +154,8 @@ def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
     """
     every = _stages(checkpoint, shape)
     if consistency.component(checkpoint) is not None:
+        if every[-1].fps is not None:
+            raise DexportError("a consistency decoder draws pictures, and no videos; leave --decoder out")
         every = consistency.stages(checkpoint, shape, every)
     if checkpoint.frames is not None and every[-1].fps is None:
         raise DexportError(f"{checkpoint.path}: a {checkpoint.pipeline} draws pictures; leave --frames out")
@@ -132,12 +165,16 @@ def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
 
 
 def _stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
-    own = checkpoint.family.stages(checkpoint, shape)
+    own = steering.stages(checkpoint, checkpoint.family.stages(checkpoint, shape))
     if checkpoint.refiner is None:
         return own
     second = checkpoint.refiner
     if len(own) != 1 or own[0].strength is not None:
         raise DexportError(f"{checkpoint.path}: a {checkpoint.pipeline} does not draw from noise; give the base first")
+    for part in (checkpoint, second):
+        spec = part.family.specs(part, shape)["denoiser"]
+        if any(tensor.name == "mask" for tensor in spec.inputs):
+            raise DexportError(f"{part.path}: an inpainting model neither is refined nor refines; leave --refiner out")
     (first,), (last,) = own, second.family.stages(second, shape)
     _check(checkpoint, second, first, last)
     return (
@@ -175,8 +212,8 @@ def owner(checkpoint: Checkpoint, graph: str) -> Checkpoint:
     return checkpoint
 
 
-def token_inputs(checkpoint: Checkpoint) -> dict[str, tuple[TokenizerFiles, Tokens]]:
-    """The tokenizers by their folder in a bundle: where they are in the checkpoint, and what the text graph takes."""
+def token_inputs(checkpoint: Checkpoint) -> dict[str, tuple[TokenizerFiles, Tokens, tuple[str, ...]]]:
+    """The tokenizers by their folder in a bundle: their files, what the text graph takes, and words to add."""
     found = {}
     for part, prefix, ending in ((checkpoint, "", ""), (checkpoint.refiner, PREFIX, "_refiner")):
         if part is None:
@@ -185,7 +222,7 @@ def token_inputs(checkpoint: Checkpoint) -> dict[str, tuple[TokenizerFiles, Toke
             # "tokenizer_2_refiner", "tokenizer_prior": a bundle's folder of a tokenizer begins with that word
             whose, _, number = name.partition("tokenizer")
             place = f"tokenizer{number}{f'_{whose}'.rstrip('_')}{ending}"
-            found[place] = (part.tokenizers[name], replace(tokens, input=f"{prefix}{tokens.input}"))
+            found[place] = (part.tokenizers[name], replace(tokens, input=f"{prefix}{tokens.input}"), part.words)
     return found
 
 

@@ -63,9 +63,11 @@ class TorchSession:
 
     max_batch: int | None = None
 
-    def __init__(self, checkpoint: Checkpoint, name: str, graph: Graph, calls: list[Call]) -> None:
-        """Load the reference module of graph ``name``."""
-        self._module = reference.load(checkpoint, name)
+    def __init__(
+        self, checkpoint: Checkpoint, name: str, graph: Graph, calls: list[Call], size: tuple[int, int] | None = None
+    ) -> None:
+        """Load the reference module of graph ``name``, for pictures of a size in pixels or of the checkpoint's own."""
+        self._module = reference.load(checkpoint, name, size)
         self._name = name
         self._graph = graph
         self._calls = calls
@@ -104,7 +106,9 @@ def one_at_a_time(load: Callable[[str], Session]) -> Callable[[str], Session]:
 def record(checkpoint: Checkpoint, model: Model, hub: Path, progress: Progress = silent) -> Reference:
     """Run the torch model through the pipeline and keep all that the gate compares with."""
     calls: dict[str, list[Call]] = {name: [] for name in model.graphs}
-    open_graph = one_at_a_time(lambda name: TorchSession(checkpoint, name, model.graphs[name], calls[name]))
+    last = model.stages[-1]
+    size = (last.sample[1] * last.factor, last.sample[2] * last.factor)
+    open_graph = one_at_a_time(lambda name: TorchSession(checkpoint, name, model.graphs[name], calls[name], size))
     request = example.request(model, example.first(model), steps=cascade.few(model.stages, STEPS))
     pipeline = Pipeline(model, hub, open_graph)
     latents = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from exporter import ensemble
 from exporter import tokenizer as tokenizers
@@ -17,11 +18,14 @@ from runtimes.check import ELEMENTS, SIDE, check_model
 from runtimes.errors import DexportError, Progress, silent
 from runtimes.manifest import Graph, Model, Stage, Tokenizer, from_json, to_json
 
+if TYPE_CHECKING:
+    from exporter.own import OwnModel
+
 INLINE = 1024  # bytes: a tensor up to this size stays in model.onnx, where shape inference sees it
 
 
 def export(
-    checkpoint: Origin | Checkpoint | Path | str,
+    checkpoint: Origin | OwnModel | Checkpoint | Path | str,
     output: Path | str,
     *,
     shape: tuple[int, int] | None = None,
@@ -114,21 +118,34 @@ def _export_graph(source: Checkpoint, name: str, spec: Spec, folder: Path, progr
 
     progress(f"{name}: tracing", 0.0)
     modules = trace.build(spec)
-    model = trace.trace(spec, modules, bind(ensemble.owner(source, name), parameter_shapes(modules), tied(modules)))
+    weights = bind(ensemble.owner(source, name), parameter_shapes(modules), tied(modules))
+    try:
+        model = trace.trace(spec, modules, weights)
+    except Exception as error:  # whatever torch raises for code that has no graph
+        if not source.in_memory:
+            raise  # a graph of ours must have one
+        raise DexportError(f"your {name} has no graph: torch says {_cause(error)}; see docs/own-model.md") from error
     progress(f"{name}: optimizing", 0.5)
     model = passes.run(model, passes.HUB)
     progress(f"{name}: writing", 0.7)
     file = folder / name / "model.onnx"
     file.parent.mkdir()
     onnx_ir.save(model, file, external_data=f"{file.name}.data", size_threshold_bytes=INLINE)
-    return Graph(spec.kind, f"{name}/{file.name}", spec.inputs, spec.outputs)
+    return Graph(spec.kind, f"{name}/{file.name}", spec.inputs, spec.outputs, sizes=spec.sizes)
+
+
+def _cause(error: BaseException) -> str:
+    """The kind and first line of what came first: torch wraps it in advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"[:300]
 
 
 def _write_tokenizers(source: Checkpoint, folder: Path) -> tuple[Tokenizer, ...]:
     made = []
-    for name, (files, tokens) in ensemble.token_inputs(source).items():
+    for name, (files, tokens, words) in ensemble.token_inputs(source).items():
         file = f"{name}/tokenizer.json"
-        pad, side = tokenizers.write(files.path, files.class_name, folder / file)
+        pad, side = tokenizers.write(files.path, files.class_name, folder / file, words)
         said = (tokens.template, tokens.negative, tokens.lower, tokens.side or side)
         made.append(Tokenizer(file, tokens.input, tokens.length, pad, *said))
     return tuple(made)
@@ -140,7 +157,8 @@ def _only(stage: Stage, made: Collection[str]) -> Stage:
     def kept(name: str | None) -> str | None:
         return name if name in made else None
 
-    return replace(stage, text=kept(stage.text), decoder=kept(stage.decoder), encoder=kept(stage.encoder))
+    hints = tuple(hint for hint in stage.hints if hint.graph is None or hint.graph in made)
+    return replace(stage, text=kept(stage.text), decoder=kept(stage.decoder), encoder=kept(stage.encoder), hints=hints)
 
 
 def _within(progress: Progress, start: float, part: float) -> Progress:

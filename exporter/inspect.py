@@ -1,6 +1,6 @@
 """What a path is: a checkpoint, an ONNX hub or a bundle, in figures. Loads no weight.
 
-Only a checkpoint in one file needs torch, since diffusers' converters of names do.
+Only a checkpoint needs torch, which counts what a build of it will take.
 """
 
 from __future__ import annotations
@@ -9,16 +9,21 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runtimes import bundle, cascade
+from runtimes.errors import DexportError
 from runtimes.manifest import Graph, Model, Stage, Tensor
 from runtimes.safetensors import Stored
+
+if TYPE_CHECKING:
+    from exporter.checkpoint import Checkpoint
 
 
 def inspect(path: Path | str, *, config: Path | str | None = None) -> dict[str, Any]:
     """Describe what lies at ``path``, ready for JSON; ``kind`` is "bundle", "hub" or "checkpoint", sizes are in bytes.
 
+    A checkpoint has also what it "needs" (``exporter.estimate``), or why it "cannot be built".
     ``config``: of a checkpoint in one file, as in ``exporter.checkpoint.read``.
     Hashes are not checked (``verify`` does that) and weights not searched for NaN (``export`` does). Raises
     DexportError for what is none of the three.
@@ -65,6 +70,7 @@ def _model(model: Model, sizes: Mapping[str, int]) -> dict[str, Any]:
         **(_main(model) if model.stages else {}),  # a hub of chosen graphs may hold no whole stage
         **({"stages": {stage.name: _span(stage) for stage in model.stages}} if len(model.stages) > 1 else {}),
         **({"adapters": {item.path: item.scale for item in model.adapters}} if model.adapters else {}),
+        **({"words": words} if (words := [item.word for item in model.adapters if item.word]) else {}),
         "graphs": {name: _graph(graph, sizes) for name, graph in model.graphs.items()},
         "source_files": len(model.source),
         "source_size": sum(file.size for file in model.source),
@@ -80,6 +86,7 @@ def _main(model: Model) -> dict[str, Any]:
         "steps": stage.steps,
         "guidance": f"{stage.guidance.kind}, scale {stage.guidance.scale:g}",
         **({"classes": stage.labels.count} if stage.labels else {}),
+        **({"hints": {hint.name: hint.default for hint in stage.hints}} if stage.hints else {}),
     }
 
 
@@ -124,9 +131,9 @@ def _operators(file: Path) -> dict[str, Any]:
 
 
 def _checkpoint(path: Path, config: Path | str | None) -> dict[str, Any]:
-    from exporter import checkpoint
+    from exporter import checkpoint, hints
 
-    found = checkpoint.read(path, config=config, check=False)
+    found = hints.add(checkpoint.read(path, config=config, check=False), check=False)
     components = {name: _component(c.class_name, c.entries.values()) for name, c in found.components.items()}
     return {
         "kind": "checkpoint",
@@ -136,7 +143,18 @@ def _checkpoint(path: Path, config: Path | str | None) -> dict[str, Any]:
         "parameters": sum(component["parameters"] for component in components.values()),
         "scheduler": found.scheduler["_class_name"],
         "components": components,
+        **_needs(found),
     }
+
+
+def _needs(found: Checkpoint) -> dict[str, Any]:
+    """What a build takes, or the reason why there can be none."""
+    from exporter import estimate
+
+    try:
+        return {"needs": estimate.needs(found)}
+    except DexportError as error:
+        return {"cannot be built": str(error)}
 
 
 def _component(class_name: str, entries: Iterable[Stored]) -> dict[str, Any]:

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import (
     ClearMetadataAndDocStringPass,
+    CommonSubexpressionEliminationPass,
+    DeduplicateInitializersPass,
+    InlinePass,
     LiftConstantsToInitializersPass,
+    NameFixPass,
+    OutputFixPass,
+    RemoveUnusedFunctionsPass,
     RemoveUnusedNodesPass,
+    RemoveUnusedOpsetsPass,
 )
-from onnxscript.optimizer import optimize_ir
+from onnxscript.optimizer import fold_constants_ir
+from onnxscript.rewriter import RewritePass
+from onnxscript.rewriter.rules import common as rules
 
 from exporter.weights import Weight
 from runtimes.safetensors import Stored
@@ -20,6 +30,26 @@ Pass = Callable[[ir.Model], tuple[ir.Model, bool]]
 # Elements. Folding may look at shapes, axes and position ids, never at a weight matrix, and make no large table.
 FOLD_INPUT = 1024
 FOLD_OUTPUT = 65536
+ALMOST_ZERO = 1e-7  # up to a little less (1e-8) the rewriting rules take a number for 0
+ROUNDS = 2  # of folding and rewriting: what one leaves the other may use
+# onnxscript's own list without its rule that makes Split of Slices, which goes over the whole graph for each node and
+# finds none in ours, and without those that multiply weights, for which the matrices would have to be in memory.
+RULES = (
+    rules.add_0_rule, rules.sub_0_rule, rules.mul_by_1_rule, rules.div_by_1_rule,
+    rules.dropout_zero_rule, rules.dropout_inference_rule,
+    rules.one_reshape_matmul_reshape_rule, rules.two_reshapes_matmul_reshape_rule,
+    rules.cast_constant_of_shape_rule, rules.cast_constant_of_shape_without_value_rule,
+    rules.collapse_slice_rule, rules.collapse_slice2_rule, rules.materialize_reshape_shape_rule,
+    rules.min_min_rule, rules.max_max_rule, rules.min_max_rule, rules.max_min_rule,
+    rules.successive_relu_rule, rules.successive_clip_rule, rules.successive_clip_relu_rule,
+    rules.successive_relu_clip_rule, rules.cast_cast_rule, rules.no_op_cast_rule, rules.no_op_expand_rule,
+    rules.reshape_reshape_rule, rules.flatten_to_reshape_rule, rules.squeeze_reshape_1d_rule,
+    rules.no_op_transpose_rule, rules.transpose_transpose_rule, rules.unsqueeze_unsqueeze_rule,
+    rules.no_op_dynamic_scatter_nd_rule, rules.no_op_static_scatter_nd_rule,
+    rules.normalize_pad_format_conv_rule, rules.fuse_pad_into_conv_rule,
+    rules.remove_optional_bias_from_conv_rule, rules.remove_optional_bias_from_conv_transpose_rule,
+    rules.remove_optional_bias_from_gemm_rule,
+)  # fmt: skip
 
 
 def run(model: ir.Model, passes: Sequence[Pass]) -> ir.Model:
@@ -85,11 +115,44 @@ def turn_weights(model: ir.Model) -> tuple[ir.Model, bool]:
     return model, modified
 
 
+def keep_epsilons(model: ir.Model) -> tuple[ir.Model, bool]:
+    """Keep a term such as 1e-15, which keeps a division by 0 away: the rules that follow would drop it as 0.
+
+    They look at scalars only, so it becomes a tensor of one axis.
+    """
+    modified = False
+    for node in list(model.graph):
+        for index, value in enumerate(node.inputs if node.op_type in ("Add", "Sub") else ()):
+            number = ir.convenience.get_const_tensor(value) if value is not None else None
+            if number is None or number.shape.rank() or number.dtype != ir.DataType.FLOAT:
+                continue
+            if 0 < abs(float(number.numpy())) < ALMOST_ZERO:
+                term = ir.Value(name=f"{node.name}_epsilon", const_value=ir.tensor(number.numpy().reshape(1)))
+                term.shape, term.dtype = ir.Shape([1]), ir.DataType.FLOAT
+                model.graph.register_initializer(term)
+                node.replace_input_with(index, term)
+                modified = True
+    return model, modified
+
+
 def optimize(model: ir.Model) -> tuple[ir.Model, bool]:
     """Fold what depends on constants alone, and rewrite the exporter's clumsy patterns (sequences to Split, ...)."""
     before = [node.op_type for node in model.graph]
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)  # fewer nodes to match rules with
-    optimize_ir(model, input_size_limit=FOLD_INPUT, output_size_limit=FOLD_OUTPUT, should_fold=_reads_no_matrix)
+    InlinePass()(model)
+    for _ in range(ROUNDS):
+        with np.errstate(divide="ignore", invalid="ignore"):  # T5's positions take a logarithm of 0, and do not use it
+            fold_constants_ir(
+                model, onnx_shape_inference=True, input_size_limit=FOLD_INPUT, output_size_limit=FOLD_OUTPUT,
+                should_fold=_reads_no_matrix,
+            )  # fmt: skip
+        for one in (RewritePass(RULES), RemoveUnusedNodesPass(), RemoveUnusedFunctionsPass(), RemoveUnusedOpsetsPass()):
+            one(model)
+    for one in (
+        RemoveUnusedNodesPass(), LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        DeduplicateInitializersPass(), CommonSubexpressionEliminationPass(), OutputFixPass(), NameFixPass(),
+    ):  # fmt: skip
+        one(model)
     return model, before != [node.op_type for node in model.graph]
 
 
@@ -201,6 +264,7 @@ HUB: tuple[Pass, ...] = (
     share_weights,
     turn_weights,
     drop_unused,
+    keep_epsilons,
     optimize,
     drop_ones,
     spread_masks,

@@ -15,18 +15,24 @@ from runtimes.errors import DexportError
 from runtimes.safetensors import Stored
 
 
-def load(checkpoint: Checkpoint, graph: str) -> torch.nn.Module:
+def load(checkpoint: Checkpoint, graph: str, size: tuple[int, int] | None = None) -> torch.nn.Module:
     """Return the module that the hub graph ``graph`` is exported from, computing in fp32.
 
     Called as ``module(*inputs)`` with tensors in the graph's input order; gives a tensor, or a tuple in the graph's
     output order. A layer's weights are mapped from the file and widened when it is called, and let go after it.
+    size: height and width of the picture in pixels, the checkpoint's own by default.
     """
-    height, width = checkpoint.family.default_shape(checkpoint)
+    height, width = size or checkpoint.family.default_shape(checkpoint)
     specs = ensemble.specs(checkpoint, Shape(height, width, free=False))
     if graph not in specs:
         raise DexportError(f"no graph {graph!r}; there are {', '.join(specs)}")
     modules = trace.build(specs[graph])
-    lend(modules, bind(ensemble.owner(checkpoint, graph), parameter_shapes(modules), tied(modules)))
+    entries = bind(ensemble.owner(checkpoint, graph), parameter_shapes(modules), tied(modules))
+    if checkpoint.in_memory:  # so are the weights; and one's own module may use those of a part that it does not call
+        for path, module in modules.named_modules():
+            _fill(module, _own(module, path, entries))
+    else:
+        lend(modules, entries)
     return modules
 
 
@@ -37,9 +43,18 @@ def lend(modules: torch.nn.Module, entries: Mapping[str, Stored]) -> None:
     of all ``modules``.
     """
     for path, module in modules.named_modules():
-        own = {name: entries[f"{path}.{name}"] for name, value in module._parameters.items() if value is not None}
-        if own:
+        if own := _own(module, path, entries):
             _lend(module, own, modules if any(module.children()) else module)
+
+
+def _own(module: torch.nn.Module, path: str, entries: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The weights of a module itself, by its own names."""
+    return {name: entries[f"{path}.{name}"] for name, value in module._parameters.items() if value is not None}
+
+
+def _fill(module: torch.nn.Module, entries: Mapping[str, Stored]) -> None:
+    for name, entry in entries.items():
+        module._parameters[name] = torch.nn.Parameter(torch.from_numpy(widen(entry)), requires_grad=False)
 
 
 def _lend(module: torch.nn.Module, entries: dict[str, Stored], called: torch.nn.Module) -> None:
@@ -47,8 +62,7 @@ def _lend(module: torch.nn.Module, entries: dict[str, Stored], called: torch.nn.
     empty = {name: module._parameters[name] for name in entries}
 
     def fill(_: torch.nn.Module, inputs: Any) -> None:
-        for name, entry in entries.items():
-            module._parameters[name] = torch.nn.Parameter(torch.from_numpy(widen(entry)), requires_grad=False)
+        _fill(module, entries)
 
     def drop(_: torch.nn.Module, inputs: Any, output: Any) -> None:
         module._parameters.update(empty)

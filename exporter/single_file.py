@@ -17,7 +17,11 @@ from runtimes.errors import DexportError, first_of
 from runtimes.safetensors import Entry, Stored
 
 CONFIGS = Path(__file__).parent / "configs"
-KINDS = {"v1": "stable-diffusion-1", "v2": "stable-diffusion-2", "xl_base": "stable-diffusion-xl"}
+KINDS = {
+    "v1": "stable-diffusion-1", "v2": "stable-diffusion-2", "xl_base": "stable-diffusion-xl",
+    "inpainting": "stable-diffusion-1-inpainting", "inpainting_v2": "stable-diffusion-2-inpainting",
+    "xl_inpaint": "stable-diffusion-xl-inpainting",
+}  # fmt: skip
 """diffusers' word for a kind of checkpoint to the folder in ``CONFIGS``."""
 UNET = "model.diffusion_model."
 AUTOENCODER = "first_stage_model."
@@ -35,8 +39,11 @@ JUNK = re.compile(
 PARTS = (
     (r"(.*[._])?(lora_|hada_|lokr_|oft_)|.*\.(lora_[AB]|lora|lora_down)\.", "a LoRA or another adapter; give it "
      "beside its checkpoint, with --lora"),
-    (r"emb_params|string_to_param|clip_[gl]$", "a textual-inversion embedding, which is not supported"),
-    (r"control_model\.|input_hint_block\.|controlnet_", "a ControlNet, which is not supported"),
+    (r"emb_params|string_to_param|clip_[gl]$", "a textual-inversion embedding; give it beside its checkpoint, with "
+     "--embedding"),
+    (r"control_model\.|input_hint_block\.|controlnet_", "a ControlNet in one file; convert it to a folder of diffusers "
+     "(ControlNetModel.from_single_file), and give that beside its checkpoint, with --control"),
+    (r"image_proj\.|ip_adapter\.", "an IP-Adapter; give it beside its checkpoint, with --ip-adapter"),
     (r"(first_stage_model\.)?(encoder|decoder)\.(conv_in|mid|mid_block)", "an autoencoder (VAE) alone"),
     (r"(down_blocks|up_blocks|mid_block|time_embedding)\.", "one component of a diffusers folder; give the folder"),
     (r"text_model\.|token_embedding\.", "a text encoder alone"),

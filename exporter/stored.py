@@ -1,4 +1,4 @@
-"""Tensors that are made of a checkpoint's when they are read: a view of one, or one with an adapter merged.
+"""Tensors that are made of a checkpoint's when they are read: a view of one, or one with an adapter or rows added.
 
 Each stands wherever an ``Entry`` of a .safetensors file does, so that weights stay streamed: no more than one is in
 memory, whatever the size of the model.
@@ -9,14 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtimes.safetensors import WIDTHS, Entry, Stored, decode
 
+if TYPE_CHECKING:
+    import torch
+
 FLOATS = ("F64", "F32", "F16", "BF16")
+MEMORY = Path("your model")  # what messages call the place of weights that lie in no file
 
 
 class _Made:
@@ -112,3 +116,75 @@ class Merged(_Made):
     def finite(self) -> bool:
         """Whether neither W nor the update's factors have NaN or infinity."""
         return all(part.finite() for part in (self.base, self.down, self.up))
+
+
+@dataclass(frozen=True)
+class Held:
+    """A parameter of a torch module, on whichever device it lies."""
+
+    name: str
+    value: torch.Tensor
+
+    @property
+    def file(self) -> Path:
+        """There is none."""
+        return MEMORY
+
+    @property
+    def dtype(self) -> str:
+        """The format's name of the element type."""
+        return {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}.get(
+            str(self.value.dtype).removeprefix("torch."), str(self.value.dtype)
+        )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return tuple(self.value.shape)
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.value.numel() * self.value.element_size()
+
+    def load(self) -> NDArray[Any]:
+        """A copy in memory, float32 whatever it is kept in."""
+        values: NDArray[Any] = self.value.detach().float().cpu().numpy()
+        return values
+
+    def finite(self) -> bool:
+        """Whether it has no NaN and no infinity."""
+        return bool(self.value.detach().isfinite().all())
+
+
+@dataclass(frozen=True)
+class Extended(_Made):
+    """A matrix [N, D] with rows [n, D] (or one, [D]) below, in fp32."""
+
+    base: Stored
+    rows: Stored
+
+    @property
+    def dtype(self) -> str:
+        """Always F32, which holds both whatever they are."""
+        return "F32"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[N + n, D]."""
+        count, width = self.base.shape
+        return (count + (self.rows.shape[0] if len(self.rows.shape) == 2 else 1), width)
+
+    @property
+    def size(self) -> int:
+        """Bytes of both in their files."""
+        return self.base.size + self.rows.size
+
+    def load(self) -> NDArray[Any]:
+        """Both in memory, float32."""
+        width = self.shape[1]
+        return np.concatenate([part.load().astype(np.float32).reshape(-1, width) for part in (self.base, self.rows)])
+
+    def finite(self) -> bool:
+        """Whether neither has NaN or infinity."""
+        return self.base.finite() and self.rows.finite()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,17 +15,19 @@ END = "<|endoftext|>"
 START = "<|startoftext|>"
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 Side = Literal["right", "left"]
+RIGHT: Side = "right"
 DEFAULTS = {"bos_token": START, "eos_token": END, "pad_token": END}  # CLIPTokenizer's
 
 
-def write(folder: Path, class_name: str, output: Path) -> tuple[int, Side]:
+def write(folder: Path, class_name: str, output: Path, words: Sequence[str] = ()) -> tuple[int, Side]:
     """Write ``output`` (tokenizer.json) from a tokenizer's folder; return the id that it pads with, and on which side.
 
-    class_name: of transformers, one of ``exporter.families.TOKENIZERS``. What is written puts the tokenizer's marks
-    around a text, and neither pads nor cuts it: the pipeline does, and says what it cut. Raises DexportError for files
-    that are missing or damaged.
+    class_name: of transformers, one of ``exporter.families.TOKENIZERS``. words: tokens to add. What is written puts the
+    tokenizer's marks around a text, and neither pads nor cuts it: the pipeline does, and says what it cut. Raises
+    DexportError for files that are missing or damaged.
     """
     tokenizer, pad, side = read(folder, class_name)
+    _add(tokenizer, words)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
     return pad, side
@@ -32,7 +35,11 @@ def write(folder: Path, class_name: str, output: Path) -> tuple[int, Side]:
 
 def read(folder: Path, class_name: str) -> tuple[Any, int, Side]:
     """The tokenizer of the ``tokenizers`` package that ``write`` writes, and what it returns."""
-    tokenizer, pad, side = _clip(folder) if class_name in CLIP_TOKENIZERS else _from_transformers(folder, class_name)
+    if class_name in CLIP_TOKENIZERS:
+        tokenizer, ids = _clip(folder)
+        pad, side = ids["pad_token"], RIGHT
+    else:
+        tokenizer, pad, side = _from_transformers(folder, class_name)
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer, pad, side
@@ -59,7 +66,7 @@ def _from_transformers(folder: Path, class_name: str) -> tuple[Any, int, Side]:
         ) from error
     if pad is None:
         raise DexportError(f"{folder}: its tokenizer_config.json names no pad_token")
-    return found.backend_tokenizer, int(pad), "left" if side == "left" else "right"
+    return found.backend_tokenizer, int(pad), "left" if side == "left" else RIGHT
 
 
 def _line(error: Exception) -> str:
@@ -68,8 +75,31 @@ def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {said}" if "tiktoken" not in said else "it is no model of SentencePiece"
 
 
-def _clip(folder: Path) -> tuple[Any, int, Side]:
-    """A CLIP tokenizer of a tokenizer.json, or of vocab.json and merges.txt; with the marks that CLIP was trained with.
+def extend(folder: Path, words: Sequence[str], more: Sequence[str], where: str) -> tuple[int, int]:
+    """How many tokens a CLIP tokenizer has with ``words``, and the id of its end mark.
+
+    Raises DexportError, which begins with ``where``, if ``more`` cannot be added: one of them means something already.
+    """
+    tokenizer, ids = _clip(folder)
+    _add(tokenizer, words)
+    known = tokenizer.get_vocab_size()
+    for word in more:
+        plain = tokenizer.normalizer.normalize_str(word) if tokenizer.normalizer else word
+        if any(tokenizer.token_to_id(form) is not None for form in (word, plain, f"{plain}</w>")):
+            raise DexportError(f"{where}: {word!r} is a word of the tokenizer already; name another with FILE:WORD")
+        _add(tokenizer, [word])
+    return known, ids["eos_token"]
+
+
+def _add(tokenizer: Any, words: Sequence[str]) -> None:
+    """Add words as tokens: whole words only, in small letters or large, where the tokenizer takes them for the same."""
+    from tokenizers import AddedToken
+
+    tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=True) for word in words])
+
+
+def _clip(folder: Path) -> tuple[Any, dict[str, int]]:
+    """A CLIP tokenizer of a tokenizer.json, or of vocab.json and merges.txt, and the ids of its marks.
 
     dexport's own configurations leave both to CLIP's vocabulary, which lies beside them.
     """
@@ -105,7 +135,7 @@ def _clip(folder: Path) -> tuple[Any, int, Side]:
         )
     except Exception as error:  # as above
         raise DexportError(f"{folder}: {start!r} and {end!r} cannot mark a text ({error})") from error
-    return tokenizer, ids[pad], "right"
+    return tokenizer, {"eos_token": ids[end], "pad_token": ids[pad]}
 
 
 def _merges(file: Path) -> list[tuple[str, ...]]:

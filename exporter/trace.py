@@ -17,6 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from exporter.families import Spec
 from exporter.weights import Weight
@@ -56,6 +57,26 @@ class _Unfilled(TorchFunctionMode):
         if func is torch.empty:
             kwargs["device"] = "meta"
         return func(*args, **kwargs)
+
+
+class _OneHead(TorchFunctionMode):
+    """Gives attention without an axis of heads one of length 1: torch.onnx translates no other."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return _attend(func, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _attend(func: Any, query: Any, key: Any, value: Any, attn_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+    if query.dim() != 3:
+        return func(query, key, value, attn_mask, *args, **kwargs)
+    if attn_mask is not None and attn_mask.dim() == 3:
+        attn_mask = attn_mask.unsqueeze(1)
+    one_head = (tensor.unsqueeze(1) for tensor in (query, key, value))
+    return func(*one_head, attn_mask, *args, **kwargs).squeeze(1)
 
 
 def build(spec: Spec) -> Modules:
@@ -103,7 +124,8 @@ def trace(spec: Spec, modules: Modules, weights: Mapping[str, Stored]) -> ir.Mod
     with quiet(), mode:
         _fake_parameters(modules)
         inputs = tuple(_example(tensor, sizes) for tensor in spec.inputs)
-        program = torch.export.export(modules, inputs, dynamic_shapes=(free,), strict=False)
+        with _OneHead():
+            program = torch.export.export(modules, inputs, dynamic_shapes=(free,), strict=False)
         onnx = torch.onnx.export(
             program,
             opset_version=OPSET,
@@ -122,6 +144,21 @@ def trace(spec: Spec, modules: Modules, weights: Mapping[str, Stored]) -> ir.Mod
             raise RuntimeError(f"{spec.kind}: {name} has no values: neither a weight nor a buffer")
     _name_dimensions(model, spec)
     return model
+
+
+def outline(spec: Spec) -> Any:
+    """Run a graph's function on tensors that have shapes and no values, for a batch of ``BATCH``: what it returns."""
+    modules = build(spec)
+    with quiet(), FakeTensorMode(allow_non_fake_inputs=True):
+        _fake_parameters(modules)
+        return modules(*(_example(tensor, {"batch": BATCH, **spec.example}) for tensor in spec.inputs))
+
+
+def flops(spec: Spec) -> int:
+    """The operations of a call with a batch of one: two for each product of matrices, convolutions and attention."""
+    with FlopCounterMode(display=False) as counter:
+        outline(spec)
+    return int(counter.get_total_flops()) // BATCH
 
 
 def _fake_parameters(modules: torch.nn.Module) -> None:

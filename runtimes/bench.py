@@ -111,17 +111,21 @@ def _image(pipeline: Pipeline, images: int) -> dict[str, Any]:
 def _inputs(graph: Graph, stage: Stage, sizes: Mapping[str, int], batch: int) -> Mapping[str, Array]:
     """Inputs of the right shapes whose values a model can see in use; speed does not depend on them further."""
     random = np.random.default_rng(0)
-    free = {"batch": batch, **sizes}
+    free = {"batch": batch, **sizes, **{name: few[0] for name, few in graph.sizes.items()}}
+    scales = {hint.scale: hint.default for hint in stage.hints}
+    pictures = ("image", *(hint.input for hint in stage.hints))
     inputs: dict[str, Array] = {}
     for tensor in graph.inputs:
         shape = [free[side] if isinstance(side, str) else side for side in tensor.shape]
         if tensor.name == "guidance":
             inputs[tensor.name] = np.full(shape, stage.guidance.scale, tensor.dtype)
+        elif tensor.name in scales:
+            inputs[tensor.name] = np.full(shape, scales[tensor.name], tensor.dtype)
         elif tensor.name == "timestep":
             inputs[tensor.name] = np.full(shape, 500, tensor.dtype)
         elif np.issubdtype(np.dtype(tensor.dtype), np.integer):
             inputs[tensor.name] = np.zeros(shape, tensor.dtype)
-        elif tensor.name == "image":
+        elif tensor.name in pictures:
             inputs[tensor.name] = random.random(shape).astype(tensor.dtype)
         else:
             inputs[tensor.name] = random.standard_normal(shape).astype(tensor.dtype)

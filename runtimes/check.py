@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import PurePosixPath
 
 from runtimes import cascade, conditioning, subject, timetable, video
 from runtimes.accuracy import BANDS
 from runtimes.errors import DexportError, IntegrityError
-from runtimes.manifest import PROMPT, Graph, Kind, Manifest, Model, Stage, Tensor, Tokenizer
+from runtimes.manifest import PROMPT, SEQUENCE, Graph, Kind, Manifest, Model, Stage, Tensor, Tokenizer
 from runtimes.target import Target
 
 GRAPH_NAME = re.compile(r"[a-z][a-z0-9_]*")
 TOKENIZER_FILE = re.compile(r"tokenizer[a-z0-9_]*/[^/]+")
-FREE = ("batch", "height", "width", "image_height", "image_width")  # the dimensions that may be free
+FREE = ("batch", "height", "width", "image_height", "image_width", SEQUENCE)  # the dimensions that may be free
 DTYPES = ("float32", "int64")
+NEGATIVE = "negative_"  # before the name of a hint graph's output: in its place in the call with the negative prompt
 GATES = ("passed", "not run")
 SIDE = 65536  # the largest side of a tensor or a picture, and the longest prompt
 ELEMENTS = 2**28  # of a sample or a picture
@@ -34,10 +35,13 @@ TENSORS: dict[Kind, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "denoiser": (("sample", "timestep"), ("output",)),
     "decoder": (("sample",), ()),  # "image", or what its stage gives
     "encoder": (("image",), ("sample",)),
+    "hint": (("image",), ()),
 }
 """The inputs and outputs that a pipeline gives and takes by name."""
 GUIDANCE = "guidance"  # the denoiser's further input where it is told the scale
-ASKED = (GUIDANCE, "labels", "image")  # further inputs that a request fills
+PAINTING = ("mask", "masked_sample")  # of a denoiser that was trained to paint into a picture
+ASKED = (GUIDANCE, "labels", "image", *PAINTING)  # further inputs that a request fills
+LARGEST = 100.0  # scale of a hint
 
 
 def check_paths(paths: Iterable[str], where: str) -> None:
@@ -78,6 +82,8 @@ def check_model(model: Model, where: str, *, whole: bool = True) -> None:
     for adapter in model.adapters:
         if adapter.path not in {file.path for file in model.source} or not math.isfinite(adapter.scale):
             raise _wrong(where, "adapters", adapter.path, "a file of the source, with a finite scale")
+        if adapter.word is not None and not adapter.word.isprintable():
+            raise _wrong(where, "adapters: word", adapter.word, "printable")
     for index, stage in enumerate(model.stages):
         _check_stage(model, stage, f"{where}: stages[{index}]")
     if whole:
@@ -102,6 +108,12 @@ def _check_graph(name: str, graph: Graph, where: str) -> None:
             raise DexportError(f"{where}: a {graph.kind} must have {missing[0]!r}; there is only {names!r:.60}")
         for tensor in tensors:
             _check_tensor(tensor, where)
+    free = {side for tensor in graph.inputs for side in tensor.shape if isinstance(side, str)}
+    for side, sizes in graph.sizes.items():
+        if side not in free or len(sizes) != 2 or not 1 <= sizes[0] <= sizes[1] <= SIDE:
+            raise _wrong(where, f"sizes: {side!r:.60}", sizes, "two numbers from 1 that rise, of a free dimension")
+    if SEQUENCE in free and (graph.kind != "denoiser" or SEQUENCE not in graph.sizes):
+        raise DexportError(f"{where}: a free {SEQUENCE} is a denoiser's, and its sizes must say how long it may be")
     if not re.fullmatch(r"[1-9][0-9]{0,4}", graph.properties.get("max_batch", "1"), re.ASCII):
         raise _wrong(where, "properties: max_batch", graph.properties["max_batch"], "a number from 1")
     if graph.kind == "text" and any(tensor.dtype != "int64" for tensor in graph.inputs):
@@ -165,10 +177,10 @@ def _check_stage(model: Model, stage: Stage, where: str) -> None:
         if name is not None and (name not in model.graphs or model.graphs[name].kind != kind):
             raise _wrong(where, kind, name, f"a graph of the kind {kind}")
     is_last = stage is model.stages[-1]
-    own = 3 if stage.fps is None else 4  # a video has frames between channels and height
+    own, many = (3, "three") if stage.fps is None else (4, "four")  # a video has frames before its height
     ranks = (own,) if is_last or stage.gives is None else range(1, RANK)
     if len(stage.sample) not in ranks or not all(1 <= side <= SIDE for side in stage.sample):
-        raise _wrong(where, "sample", stage.sample, f"{own} numbers from 1 to {SIDE}, or fewer where it is given on")
+        raise _wrong(where, "sample", stage.sample, f"{many} numbers from 1 to {SIDE}, or fewer where it is given on")
     frames = stage.sample[1 : own - 2] if len(stage.sample) == own else ()
     sides = stage.sample[1 + len(frames) :]
     picture = [3, *frames, *(side * stage.factor for side in sides)]
@@ -186,11 +198,13 @@ def _check_stage(model: Model, stage: Stage, where: str) -> None:
         raise _wrong(where, "multiple", stage.multiple, "a number from 1 that divides the sample's sides")
     if stage.patch is not None and (stage.patch < 1 or stage.multiple % stage.patch):
         raise _wrong(where, "patch", stage.patch, "null, or a number from 1 that divides multiple")
-    if stage.guidance.normalize and stage.patch is None:
-        raise DexportError(f"{where}: guidance: normalize needs patch, the size of a token")
+    if stage.guidance.normalize == "tokens" and stage.patch is None:
+        raise DexportError(f"{where}: guidance: to normalize tokens needs patch, their size")
     _check_inputs(model.graphs[stage.denoiser], stage, where)
     _check_video(model, stage, where)
+    _check_hints(model, stage, where)
     _check_labels(model.graphs[stage.denoiser], stage, where)
+    _check_states(model, stage, where)
     try:
         timetable.compile_stage(stage, stage.steps, stage.sample)
     except DexportError as error:
@@ -237,9 +251,49 @@ def _check_inputs(graph: Graph, stage: Stage, where: str) -> None:
             raise _wrong(where, f"inputs: the shape of {name!r:.60}", array.shape, str(list(tensors[name].shape[1:])))
     if only := sorted(set(stage.negative) - set(stage.inputs)):
         raise _wrong(where, "negative", only[0], "one of the stage's inputs")
+    _check_painting(tensors, stage, where)
     told = GUIDANCE in tensors
     if told != (stage.guidance.kind == "embedded") or (told and tensors[GUIDANCE].shape != ("batch",)):
         raise _wrong(where, "guidance: kind", stage.guidance.kind, f"'embedded' for a denoiser with {GUIDANCE} [batch]")
+
+
+def _check_painting(tensors: Mapping[str, Tensor], stage: Stage, where: str) -> None:
+    """A denoiser that is told a mask is told the masked picture too, in the sample's size and by its encoder."""
+    if not any(name in tensors for name in PAINTING):
+        return
+    batch, channels, *sides = tensors["sample"].shape
+    for name, count in zip(PAINTING, (1, channels), strict=True):
+        if tensors.get(name) != Tensor(name, "float32", (batch, count, *sides)):
+            raise DexportError(f"{where}: the denoiser's {name!r} must be float32 {[batch, count, *sides]}")
+    if stage.encoder is None:
+        raise DexportError(f"{where}: a denoiser that paints into a picture needs an encoder")
+
+
+def _check_states(model: Model, stage: Stage, where: str) -> None:
+    """States must be a text graph's, one for each token of each tokenizer; the denoiser may take those of more."""
+    denoiser = model.graphs[stage.denoiser]
+    long = {tensor.name for tensor in denoiser.inputs if SEQUENCE in tensor.shape}
+    if not long <= set(stage.states):
+        raise _wrong(where, "states", stage.states, f"{', '.join(sorted(long))}, whose {SEQUENCE} is free")
+    if not stage.states:
+        return
+    text = model.graphs[stage.text] if stage.text is not None else None
+    lengths = {tensor.shape[1] for tensor in text.inputs} if text else set()
+    outputs = {tensor.name: tensor.shape for tensor in text.outputs} if text else {}
+    for tokenizer in model.tokenizers:
+        if text and tokenizer.input in {tensor.name for tensor in text.inputs}:
+            said = (tokenizer.template, tokenizer.negative, tokenizer.lower, tokenizer.side)
+            if said != (PROMPT, None, False, "right"):
+                raise DexportError(f"{where}: states whose words may weigh are those of a prompt as it is")
+    for name in stage.states:
+        shape = outputs.get(name, ())
+        if len(shape) != 3 or lengths != {shape[1]}:
+            raise _wrong(where, "states", name, "an output of the text graph with a state for each token")
+        taken = next((tensor for tensor in denoiser.inputs if tensor.name == name), None)
+        if taken is None or taken.shape not in (shape, (shape[0], SEQUENCE, shape[2])):
+            raise _wrong(where, "states", name, f"an input of the denoiser, {list(shape)} or with a free {SEQUENCE}")
+        if long and (denoiser.sizes[SEQUENCE][0] != shape[1] or denoiser.sizes[SEQUENCE][1] % shape[1]):
+            raise _wrong(where, f"sizes of {SEQUENCE}", denoiser.sizes[SEQUENCE], f"{shape[1]} and a multiple of it")
 
 
 def _check_way(stages: Sequence[Stage], where: str) -> None:
@@ -321,6 +375,43 @@ def _check_labels(graph: Graph, stage: Stage, where: str) -> None:
             raise _wrong(
                 where, f"labels: names: {number!r:.20}", name, f"a name of a class from 0 to {labels.count - 1}"
             )
+
+
+def _check_hints(model: Model, stage: Stage, where: str) -> None:
+    """Each hint must have a name, and fill inputs of the denoiser that nothing else fills, by a graph or itself."""
+    filled = [*TENSORS["denoiser"][0], *ASKED, *stage.inputs]
+    denoiser = {tensor.name: tensor for tensor in model.graphs[stage.denoiser].inputs}
+    for hint in stage.hints:
+        if not GRAPH_NAME.fullmatch(hint.name):
+            raise _wrong(where, "a hint's name", hint.name, "lower-case letters, digits and _")
+        own = f"{where}: hints: {hint.name}"
+        if hint.graph is not None and (hint.graph not in model.graphs or model.graphs[hint.graph].kind != "hint"):
+            raise _wrong(own, "graph", hint.graph, "a graph of the kind hint")
+        taken = denoiser if hint.graph is None else {tensor.name: tensor for tensor in model.graphs[hint.graph].inputs}
+        picture = taken.get(hint.input)
+        if (
+            picture is None
+            or picture.dtype != "float32"
+            or picture.shape[:2] != ("batch", 3)
+            or len(picture.shape) != 4
+        ):
+            raise _wrong(own, "input", hint.input, "an input of float32 [batch, 3, height, width]")
+        if hint.graph is not None and len(taken) != 1:
+            raise _wrong(own, "graph", hint.graph, "a graph with one input")
+        made = {tensor.name: tensor for tensor in model.graphs[hint.graph].outputs} if hint.graph is not None else {}
+        for name, tensor in made.items():
+            of = name if name in denoiser else name.removeprefix(NEGATIVE)
+            if of not in made or denoiser.get(of) != Tensor(of, tensor.dtype, tensor.shape):
+                raise _wrong(own, "an output of its graph", name, f"an input of the denoiser, or {NEGATIVE} and one")
+        if denoiser.get(hint.scale) != Tensor(hint.scale, "float32", ("batch",)):
+            raise _wrong(own, "scale", hint.scale, "an input of the denoiser of float32 [batch]")
+        if not abs(hint.default) <= LARGEST:
+            raise _wrong(own, "default", hint.default, f"a number up to {LARGEST:g}")
+        filled += [hint.scale, *([hint.input] if hint.graph is None else made.keys() & denoiser.keys())]
+    if twice := [name for name in filled if filled.count(name) > 1]:
+        raise DexportError(f"{where}: the denoiser's input {twice[0]!r:.60} is filled twice")
+    if len({hint.name for hint in stage.hints}) != len(stage.hints):
+        raise DexportError(f"{where}: two hints have the same name")
 
 
 def _wrong(where: str, what: str, value: object, wanted: str) -> DexportError:

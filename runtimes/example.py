@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from runtimes import subject
+from runtimes import hints, subject
 from runtimes.manifest import Model
 from runtimes.pipeline import Request
 
@@ -35,7 +35,8 @@ def first(model: Model) -> str:
 def request(model: Model, names: str | Sequence[str], **settings: Any) -> Request:
     """A request for a subject or several: prompts, classes, or names that only count where there is neither.
 
-    A model that is shown a picture gets one of smooth colours; the same for the same seed.
+    A model that is shown a picture, or steered by some, gets those of smooth colours; the same for the same seed. One
+    that paints into a picture gets such a one, and a mask of its middle.
     """
     stage, every = model.stages[0], [names] if isinstance(names, str) else list(names)
     if stage.text is not None:
@@ -46,6 +47,16 @@ def request(model: Model, names: str | Sequence[str], **settings: Any) -> Reques
         settings["images"] = len(every) * settings.get("images", 1)
     if subject.shown(model):
         settings["image"] = _colours(settings.get("seed", 0), model.stages[-1].sample[-2:])
+    last = model.stages[-1]  # whose samples are pictures, or latents of such
+    height, width = (side * last.factor for side in last.sample[-2:])
+    settings["hints"] = {
+        hint.name: _colours(settings.get("seed", 0) + i, (height, width))
+        for i, hint in enumerate(hints.taken(model), 1)
+    }
+    if subject.paints(model):
+        settings["image"] = _colours(settings.get("seed", 0), (height, width))
+        settings["mask"] = Image.new("L", (width, height))
+        settings["mask"].paste(255, (width // 4, height // 4, width - width // 4, height - height // 4))
     return Request(**settings)
 
 

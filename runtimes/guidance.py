@@ -52,18 +52,27 @@ def numbers(value: object) -> Array:
     return array.astype(np.float64) if array.dtype.kind in "iuf" else np.zeros(0)
 
 
-def guide(without: Array, with_prompt: Array, scale: float, rescale: float = 0.0, *, patch: int | None = None) -> Array:
+def guide(
+    without: Array, with_prompt: Array, scale: float, rescale: float = 0.0, *, patch: int | None = None,
+    rows: bool = False,
+) -> Array:  # fmt: skip
     """Return u + scale (c - u), float64, for the outputs u without and c with the prompt, [B, C, ...].
 
     https://arxiv.org/abs/2207.12598, formula 6, with its w as scale - 1. rescale: the share by which each sample's
     deviation is brought back to that of c, against too much contrast: https://arxiv.org/abs/2305.08891, section 3.4.
     patch: each token, C x patch x patch numbers of [B, C, h, w], is brought back to its length in c, as Qwen-Image
-    does: https://arxiv.org/abs/2508.02324.
+    does: https://arxiv.org/abs/2508.02324. rows: likewise each row of w numbers, as Lumina 2 does:
+    https://arxiv.org/abs/2503.21758.
     """
     base = without.astype(np.float64)  # with a large scale the difference of two near outputs would lose digits
     guided: Array = base + scale * (with_prompt - base)
     if patch is not None:
         guided = guided * _ratio(_lengths(with_prompt.astype(np.float64), patch), _lengths(guided, patch))
+    if rows:
+        own, wanted = (
+            np.linalg.norm(value.astype(np.float64), axis=-1, keepdims=True) for value in (guided, with_prompt)
+        )
+        guided = guided * _ratio(wanted, own)
     if not rescale:
         return guided
     axes = tuple(range(1, guided.ndim))

@@ -2,10 +2,14 @@
 
 Any model can so be made to paint into a hole, without having been trained for it, as diffusers' inpainting pipelines do
 with such a model. RePaintScheduler has a table of its own for this, which is left as it is.
+
+A denoiser that was trained for it is told the mask and the picture without the hole instead, as its inputs ``mask`` and
+``masked_sample``, and what it makes of the rest is its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +21,7 @@ from runtimes.session import Array
 from runtimes.table import Row
 
 EDGE = 0.5  # of a mask's brightness: from here on it is painted; diffusers' own
+GREY = np.float32(0.5)  # what a denoiser sees in place of the pixels that it is to paint; diffusers' own
 
 
 def keep(rows: tuple[Row, ...]) -> tuple[Row, ...]:
@@ -33,8 +38,28 @@ def kept(mask: Image.Image, size: tuple[int, int], factor: int) -> Array:
     size: height and width of the picture in pixels, of which the mask is cut like the picture itself; each element of
     the sample goes by the first of its ``factor`` x ``factor`` pixels, as in diffusers.
     """
-    painted = to_array(mask.convert("L"), size).mean(axis=1, keepdims=True) >= EDGE
-    if not painted.any():
-        raise DexportError("the mask is black all over, so nothing would be painted; make white what is to change")
-    stays: Array = 1.0 - painted[:, :, ::factor, ::factor].astype(np.float64)
+    stays: Array = 1.0 - painted(mask, size)[:, :, ::factor, ::factor].astype(np.float64)
     return stays
+
+
+def painted(mask: Image.Image, size: tuple[int, int]) -> Array:
+    """Which pixels are painted: booleans [1, 1, H, W]. DexportError if none are."""
+    pixels: Array = to_array(mask.convert("L"), size).mean(axis=1, keepdims=True) >= EDGE
+    if not pixels.any():
+        raise DexportError("the mask is black all over, so nothing would be painted; make white what is to change")
+    return pixels
+
+
+def conditioning(
+    image: Array, mask: Image.Image, factor: int, count: int, encode: Callable[[Array], Array]
+) -> dict[str, Array]:
+    """What a denoiser that was trained to paint is told: ``mask`` [B, 1, h, w], 1 to paint, and ``masked_sample``.
+
+    image: the picture, [1, 3, H, W] in [0, 1]. encode: pictures to samples. Each ``count`` times along the batch.
+    """
+    hole = painted(mask, (image.shape[2], image.shape[3]))
+    rows = {
+        "mask": hole[:, :, ::factor, ::factor].astype(np.float32),
+        "masked_sample": encode(np.where(hole, GREY, image)),
+    }
+    return {name: np.repeat(row, count, axis=0) for name, row in rows.items()}

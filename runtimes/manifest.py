@@ -16,9 +16,10 @@ from typing import Any, Literal, TypeVar
 from runtimes import strict_json
 from runtimes.errors import DexportError
 
-Kind = Literal["text", "denoiser", "decoder", "encoder"]
+Kind = Literal["text", "denoiser", "decoder", "encoder", "hint"]
 T = TypeVar("T")
 PROMPT = "{}"  # stands for the prompt in a template
+SEQUENCE = "sequence"  # the free dimension of a denoiser that takes the states of long prompts
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,17 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Graph:
-    """One ONNX graph, IR or engine; ``file`` is relative to the folder of the manifest."""
+    """One ONNX graph, IR or engine; ``file`` is relative to the folder of the manifest.
+
+    sizes: the smallest and the largest size of a free dimension that has such.
+    """
 
     kind: Kind
     file: str
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     properties: Mapping[str, str] = field(default_factory=dict)  # for the runtime, e.g. INFERENCE_PRECISION_HINT
+    sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -64,14 +69,15 @@ class Guidance:
     """How a prompt or a class steers: "cfg" runs the denoiser with and without it, "none" only with it.
 
     "embedded" runs it only with the prompt, and tells it the scale as its input ``guidance`` [batch].
-    empty: what stands for an empty negative prompt, the text graph's output for it or zeros. normalize: each token of
-    the guided output, ``Stage.patch`` elements a side, keeps the length that it has with the prompt.
+    empty: what stands for an empty negative prompt, the text graph's output for it or zeros. normalize: what of
+    the guided output keeps the length that it has with the prompt, each of "tokens", ``Stage.patch`` elements a side,
+    or of "rows", the elements along the width.
     """
 
     kind: Literal["cfg", "none", "embedded"]
     scale: float
     empty: Literal["text", "zeros"] = "text"
-    normalize: bool = False
+    normalize: Literal["none", "tokens", "rows"] = "none"
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,23 @@ class Labels:
     count: int
     null: int | None
     names: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class HintInput:
+    """A picture by name that steers a denoiser: where it goes, and how strongly if nothing is asked for.
+
+    graph: a graph of the kind "hint" that makes further inputs of the denoiser of it, once; None: the denoiser takes it
+    as it is. input: that graph's input, or the denoiser's, of the picture. scale: the denoiser's input of the strength.
+    resample: how a picture of another size is fitted, as in ``runtimes.image.to_array``.
+    """
+
+    name: str
+    graph: str | None
+    input: str
+    scale: str
+    default: float
+    resample: Literal["lanczos", "bicubic"]
 
 
 @dataclass(frozen=True)
@@ -111,6 +134,9 @@ class Stage:
     patch: int | None = None  # elements of the sample along each side of a token, of a model that counts in tokens
     # "even": from 1 to 1 / steps, in place of the scheduler's own, where it takes sigmas
     sigmas: Literal["scheduler", "even"] = "scheduler"
+    hints: tuple[HintInput, ...] = field(default_factory=tuple)  # pictures that steer the denoiser
+    # The text graph's outputs [B, S, D] with a state for each token, which words may weigh and long prompts are joined.
+    states: tuple[str, ...] = ()
     # The input of later denoisers that its result is: its last sample, or what its decoder makes of it. The stages
     # after it start from noise of their own, with samples of another shape.
     gives: str | None = None
@@ -132,10 +158,11 @@ class File:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What was merged into the checkpoint's weights: a file of the source, and how strongly."""
+    """What was merged into the checkpoint's weights: a file of the source, and how strongly; or for which new word."""
 
     path: str
     scale: float
+    word: str | None = None
 
 
 @dataclass(frozen=True)

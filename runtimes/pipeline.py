@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from runtimes import bundle, cascade, conditioning, guidance, inpaint, loop, samplers, subject, timetable, video
+from runtimes import bundle, cascade, conditioning, guidance, hints, inpaint, loop, samplers, subject, timetable, video
 from runtimes.errors import DexportError, Progress, silent
 from runtimes.image import to_array, to_images
 from runtimes.manifest import Manifest, Model, Stage
+from runtimes.prompts import Prompts
 from runtimes.session import Session, require, run_batched
 from runtimes.target import Target
-from runtimes.tokenizer import PromptTokenizer
 from runtimes.video import Video
 
 Array = NDArray[Any]
@@ -29,7 +29,6 @@ Batching = Literal["batched", "sequential"]
 # Beyond these a request is a slip of the keyboard, and would end in a machine without memory instead of one line.
 MOST_IMAGES = 4096  # in one call
 LONGEST_SIDE = 16384  # pixels
-SHOWN = 80  # characters of a prompt in a warning
 
 STRENGTH = 0.8
 
@@ -61,7 +60,10 @@ class Request:
     # 0 to 1: the part of the steps that is made of a picture; if None, STRENGTH, or all of them with a mask
     strength: float | None = None
     fps: float | None = None  # of a video: frames that are shown in a second
+    # Pictures that steer, by the names that the model has for them; "" is the name where it takes but one.
+    hints: Mapping[str, Image.Image | hints.Hint] = field(default_factory=dict)
     guidance_batch: Batching = "batched"  # with and without prompt in one call, or in two that need less memory
+    prompt_weights: bool = True  # whether brackets weigh words, as in (word:1.3); else they are text like any other
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,8 @@ class Pipeline:
         """Take the model's description, the folder of its tokenizer files, and what opens a graph by its name."""
         self.model = model
         self.manifest: Manifest | None = None
-        self._folder = folder
         self._open = open_graph
-        self._tokenizers = memoize(lambda index: PromptTokenizer(folder, model.tokenizers[index]))
+        self.prompts = Prompts(model, folder, open_graph)
         self._main = cascade.main(model.stages)[0]
 
     @property
@@ -127,11 +128,8 @@ class Pipeline:
         if request.negative_prompt and all(stage.guidance.kind != "cfg" for stage in self.model.stages if stage.text):
             warnings.append("this model takes no negative prompt: it was left out")
         if request.prompts:
-            for name, prompts in (("prompt", request.prompts), ("negative prompt", [request.negative_prompt])):
-                _, cut = self.tokenize(prompts, negative=name != "prompt")
-                warnings += [
-                    f"the {name} is longer than the model's context: {_short(w)} was cut off" for w in cut if w
-                ]
+            asked = {"prompt": request.prompts, "negative prompt": [request.negative_prompt]}
+            warnings += self.prompts.warnings(asked, weighted=request.prompt_weights)
         settings_ = [{**self._settings(request, i), "size": list(drawn.shape[-2:])} for i in range(len(drawn))]
         if self.fps is None:
             return Result(to_images(drawn), settings_, warnings)
@@ -175,14 +173,15 @@ class Pipeline:
         if start.shape != shape:
             raise DexportError(f"the start noise has shape {list(start.shape)}, not {list(shape)}")
         begun = self._begun(request) if runs[0][0] in cascade.main(self.model.stages) else None
-        if begun is not None:
+        mask = None if begun is None else self._kept_mask(request)
+        of_picture = request.mask is None or self._strength(request) < 1  # else only what the mask leaves is
+        if begun is not None and (of_picture or mask is not None):
             (stage, table), *others = runs
             signal, noisy = table.mix
             image = self.encode(to_array(begun, self._pixels(request)))
-            if request.mask is not None:
-                mask = inpaint.kept(request.mask, self._pixels(request), self._main.factor)
+            if mask is not None:
                 known = (np.broadcast_to(image, start.shape), mask, start)
-            if request.mask is None or self._strength(request) < 1:  # else of the picture only the known part is left
+            if of_picture:
                 start = signal * image + noisy * start
                 runs = [(stage, replace(table, init_scale=1.0)), *others]
         for stage, table in runs:
@@ -193,6 +192,12 @@ class Pipeline:
     def _begun(self, request: Request) -> Image.Image | None:
         """The picture that the loop starts from; a model that is shown the request's starts from noise."""
         return None if subject.shown(self.model) else request.image
+
+    def _kept_mask(self, request: Request) -> Array | None:
+        """What of the sample the loop puts back after each step; nothing where the denoiser itself is told the mask."""
+        if request.mask is None or subject.paints(self.model):
+            return None
+        return inpaint.kept(request.mask, self._pixels(request), self._main.factor)
 
     def _runs(self, request: Request, way: cascade.Way) -> list[tuple[Stage, samplers.Table]]:
         """The stages of a way with their tables; they share the steps, and guidance's scales run over all of them.
@@ -214,8 +219,9 @@ class Pipeline:
             table = timetable.compile_stage(stage, steps, shape, scheduler=config, begin=begin)
             tables.append(replace(table, init_scale=1.0) if tables else table)  # what follows takes a sample as it is
         rows = tuple(row for table in tables for row in table.rows)
-        if request.mask is not None and asked:
+        if request.mask is not None and asked and not subject.paints(self.model):
             rows = inpaint.keep(rows)
+        rows = hints.plan(rows, self.model, request)
         interval = request.guidance_interval if asked else (0.0, 1.0)
         planned = guidance.plan(samplers.Table(rows, 1.0), self._scale(request, way), interval)
         guided = iter(planned.rows)
@@ -223,25 +229,6 @@ class Pipeline:
             (stage, replace(table, rows=tuple(islice(guided, len(table.rows)))))
             for stage, table in zip(stages, tables, strict=True)
         ]
-
-    def tokenize(self, prompts: Sequence[str], *, negative: bool = False) -> tuple[dict[str, Array], list[str]]:
-        """Return the text graph's inputs, and for each prompt (or negative prompt) the words that fitted into none."""
-        tokens: dict[str, Array] = {}
-        cuts = []
-        for index, spec in enumerate(self.model.tokenizers):
-            tokens[spec.input], cut = self._tokenizers(index)(prompts, negative=negative)
-            cuts.append(cut)
-        return tokens, [min(rests, key=len) for rests in zip(*cuts, strict=True)]
-
-    def encode_text(
-        self, prompts: Sequence[str], stage: Stage | None = None, *, negative: bool = False
-    ) -> dict[str, Array]:
-        """Return a stage's (by default the first one's) conditioning tensors of the prompts, with one row a prompt."""
-        name = (stage or self.model.stages[0]).text
-        if name is None:
-            return {}
-        tokens, _ = self.tokenize(prompts, negative=negative)
-        return run_batched(self._open(name), {t.name: tokens[t.name] for t in self.model.graphs[name].inputs})
 
     def decode(self, sample: Array, request: Request | None = None) -> Array:
         """Turn the loop's last sample into images, float32 [B, 3, H, W] in [0, 1], or videos, [B, F, 3, H, W]."""
@@ -293,6 +280,7 @@ class Pipeline:
 
     def _checked(self, request: Request) -> Request:
         subject.check(self.model, request)
+        hints.chosen(self.model, request)
         if request.images < 1:
             raise DexportError(f"images must be 1 or more, not {request.images}")
         for what, asked in (("steps", request.steps), ("guidance", request.guidance)):
@@ -361,61 +349,82 @@ class Pipeline:
         given: what ways before this one made.
         """
         is_guided = stage.guidance.kind == "cfg" and any(row.guidance > 1 for row in table.rows)
-        with_prompt = self._conditioning(stage, request, given)
+        shown, unshown = hints.encode(
+            self.model, stage, request, self._open, self._pixels(request), subject.count(request)
+        )
+        told, chunks = self._told(request), self._chunks(stage, request, is_guided)
+        with_prompt = {**self._conditioning(stage, request, chunks, given), **told, **shown}
         if is_guided:
-            without = self._conditioning(stage, request, given, without=True)
+            without = {**self._conditioning(stage, request, chunks, given, without=True), **told, **unshown}
             both = {name: np.concatenate([without[name], with_prompt[name]]) for name in with_prompt}
         session = self._open(stage.denoiser)  # after the text graph, which may be closed by now
 
-        def call(sample: Array, t: float, further: Mapping[str, Array]) -> Array:
+        def call(sample: Array, t: float, row: samplers.Row, further: Mapping[str, Array]) -> Array:
             timestep = np.full(len(sample), t, np.float32)
-            return run_batched(session, {"sample": sample, "timestep": timestep, **further})["output"]
+            steered = hints.scales(self.model, stage, row, len(sample))
+            return run_batched(session, {"sample": sample, "timestep": timestep, **further, **steered})["output"]
 
         def model(sample: Array, t: float, row: samplers.Row) -> Array:
             if stage.guidance.kind == "embedded":
-                return call(sample, t, {**with_prompt, "guidance": np.full(len(sample), row.guidance, np.float32)})
+                told = {"guidance": np.full(len(sample), row.guidance, np.float32)}
+                return call(sample, t, row, {**with_prompt, **told})
             if not is_guided or row.guidance <= 1:
-                return call(sample, t, with_prompt)
+                return call(sample, t, row, with_prompt)
             if request.guidance_batch == "batched":
-                without_out, with_out = np.split(call(np.concatenate([sample, sample]), t, both), 2)
+                without_out, with_out = np.split(call(np.concatenate([sample, sample]), t, row, both), 2)
             else:
-                without_out, with_out = call(sample, t, without), call(sample, t, with_prompt)
+                without_out, with_out = call(sample, t, row, without), call(sample, t, row, with_prompt)
             channels = sample.shape[1]  # what follows them is a learned variance, which is the prompt's own
             guided = guidance.guide(
                 without_out[:, :channels], with_out[:, :channels], row.guidance, request.guidance_rescale,
-                patch=stage.patch if stage.guidance.normalize else None,
+                patch=stage.patch if stage.guidance.normalize == "tokens" else None,
+                rows=stage.guidance.normalize == "rows",
             )  # fmt: skip
             return np.concatenate([guided, with_out[:, channels:]], axis=1)
 
         return model
 
+    def _told(self, request: Request) -> dict[str, Array]:
+        """The inputs ``mask`` and ``masked_sample`` of a denoiser that was trained to paint into a picture."""
+        if request.image is None or request.mask is None or not subject.paints(self.model):
+            return {}
+        image, factor = to_array(request.image, self._pixels(request)), self._main.factor
+        return inpaint.conditioning(image, request.mask, factor, subject.count(request), self.encode)
+
+    def _chunks(self, stage: Stage, request: Request, is_guided: bool) -> int:
+        """The chunks of the longest prompt; all others get as many, since the denoiser takes them together."""
+        if stage.text is None:
+            return 1
+        prompts = [*request.prompts, *([request.negative_prompt] if is_guided else [])]
+        return self.prompts.tokenize(stage, prompts, weighted=request.prompt_weights).chunks
+
     def _conditioning(
-        self, stage: Stage, request: Request, given: Mapping[str, cascade.Given], *, without: bool = False
+        self, stage: Stage, request: Request, chunks: int, given: Mapping[str, cascade.Given], *, without: bool = False
     ) -> dict[str, Array]:
         """The denoiser's inputs beside sample and timestep, a row for each picture.
 
-        without: of the negative prompt, or of no class, in place of what the request asks for.
+        chunks: of each prompt. without: of the negative prompt, or of no class, in place of what the request asks for.
         """
         graph, sides = self.model.graphs[stage.denoiser], self.sample_shape(request, stage)[-2:]
         return {
-            **self._encoded(stage, request, without),
+            **self._encoded(stage, request, chunks, without),
             **conditioning.constants(stage, graph, self._pixels(request), subject.count(request), negative=without),
             **subject.conditioning(stage, graph, request, sides, without=without),
             **cascade.conditioning(graph, given, without=without),
         }
 
-    def _encoded(self, stage: Stage, request: Request, without: bool) -> dict[str, Array]:
+    def _encoded(self, stage: Stage, request: Request, chunks: int, without: bool) -> dict[str, Array]:
         """What the stage's text graph makes of the prompts, or of the negative prompt, a row for each picture.
 
         Two stages may share a text graph, and each takes what its denoiser has an input for.
         """
         count, taken = subject.count(request), {tensor.name for tensor in self.model.graphs[stage.denoiser].inputs}
-        if stage.text is not None and without and stage.guidance.empty == "zeros" and not request.negative_prompt:
-            outputs = self.model.graphs[stage.text].outputs
-            return {t.name: np.zeros((count, *map(int, t.shape[1:])), t.dtype) for t in outputs if t.name in taken}
         prompts = [request.negative_prompt] if without else request.prompts
-        rows = self.encode_text(prompts, stage, negative=without)
-        return {name: np.repeat(rows[name], count // len(prompts), axis=0) for name in rows if name in taken}
+        if stage.text is not None and without and stage.guidance.empty == "zeros" and not request.negative_prompt:
+            rows, prompts = self.prompts.zeros(stage, 1, chunks), [""]
+        else:
+            rows = self.prompts.encode(stage, prompts, weighted=request.prompt_weights, chunks=chunks, negative=without)
+        return {name: np.repeat(rows[name], count // max(len(prompts), 1), axis=0) for name in rows if name in taken}
 
     def _settings(self, request: Request, index: int) -> dict[str, Any]:
         """What makes picture ``index`` again, for its metadata."""
@@ -427,6 +436,7 @@ class Pipeline:
         settings: dict[str, Any] = {
             **subject.settings(self.model, request, index),
             **({"negative_prompt": request.negative_prompt} if request.prompts else {}),
+            **({"prompt_weights": False} if request.prompts and not request.prompt_weights else {}),
             "seed": request.seed + index,
             "steps": steps if len(steps) > 1 else steps[self._main.name],
             "guidance": scales if len(scales) > 1 else scales[self._main.name],
@@ -437,6 +447,7 @@ class Pipeline:
                 settings[name] = value
         if self._begun(request) is not None:
             settings["strength"] = _plain(self._strength(request))
+        settings |= hints.settings(self.model, request)
         if self.manifest is not None:
             settings |= {"target": self.manifest.target, "precision": self.manifest.precision}
         return settings
@@ -455,10 +466,3 @@ def _finite(values: Array) -> Array:
 def _plain(numbers: Any) -> Any:
     """A float or a list of them, which JSON knows, for whatever holds numbers."""
     return np.asarray(numbers, np.float64).tolist()
-
-
-def _short(words: str) -> str:
-    """The words that were cut off, in quotes; of many the first, and how many there are."""
-    if len(words) <= SHOWN:
-        return repr(words)
-    return f"{words[:SHOWN].rsplit(' ', 1)[0]!r} … ({len(words.split())} words)"

@@ -31,6 +31,8 @@ def check(model: Model, request: Request) -> None:
     numbers(stage.labels, request.labels)
     if shown(model) and request.image is None:
         raise DexportError("this model draws what it is shown: give a picture with --image")
+    if paints(model) and (request.image is None or request.mask is None):
+        raise DexportError("this model paints into a picture: give it with --image, and with --mask where to paint")
     if shown(model) and (request.strength is not None or request.mask is not None):
         raise DexportError("this model is shown the picture and does not start from it: leave strength and mask out")
 
@@ -53,6 +55,11 @@ def needs_nothing(stage: Stage) -> bool:
 def shown(model: Model) -> bool:
     """Whether a denoiser takes a picture beside its sample."""
     return any(_takes_picture(model.graphs[stage.denoiser]) for stage in model.stages)
+
+
+def paints(model: Model) -> bool:
+    """Whether a denoiser was trained to paint into a picture: it is told where, and what is around."""
+    return any(tensor.name == "mask" for stage in model.stages for tensor in model.graphs[stage.denoiser].inputs)
 
 
 def _takes_picture(denoiser: Graph) -> bool:

@@ -37,7 +37,8 @@ class Row:
     known: () or the factors of a known image and of Z, as noisy as the sample is after the row. calls: whether the
     model is called; M is 0 where it is not. level: () or, where the row begins a step, the factors of signal and noise
     in the sample before it.
-    guidance: the scale of guidance at this call, which the model, not the loop, applies; at most 1: none.
+    guidance: the scale of guidance at this call, which the model, not the loop, applies; at most 1: none. hints:
+    likewise the scale of each picture that steers the model (runtimes.hints).
     """
 
     t: float
@@ -62,6 +63,7 @@ class Row:
     calls: bool = True
     level: tuple[float, ...] = ()
     guidance: float = 1.0
+    hints: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

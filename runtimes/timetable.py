@@ -46,8 +46,12 @@ def _shift(stage: Stage, config: Mapping[str, Any], sample: Sequence[int]) -> fl
     """The shift by resolution, of a scheduler that asks for one."""
     if not config.get("use_dynamic_shifting") or stage.patch is None:
         return None
+    return shift(config, (sample[-2] // stage.patch) * (sample[-1] // stage.patch))
+
+
+def shift(config: Mapping[str, Any], tokens: int) -> float:
+    """The mu of a scheduler's config for pictures of ``tokens``. Raises DexportError for numbers that give none."""
     line = resolve(str(config["_class_name"]), Sampler(FLOW.solver, SHIFTING), config)
-    tokens = (sample[-2] // stage.patch) * (sample[-1] // stage.patch)
     try:
         return mu_of(line, tokens)
     except ZeroDivisionError as error:

@@ -29,6 +29,31 @@ class PromptTokenizer:
             raise DexportError(f"{folder / spec.file}: not a tokenizer file ({error})") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        self._following = _following(self._tokenizer)
+
+    @property
+    def marks(self) -> tuple[list[int], list[int]]:
+        """The ids that the tokenizer puts before a text and after it."""
+        encoding = self._tokenizer.encode("a")
+        own = [index for index, mark in enumerate(encoding.special_tokens_mask) if not mark]
+        return encoding.ids[: own[0]], encoding.ids[own[-1] + 1 :]
+
+    def content(self, text: str) -> tuple[list[int], list[int]]:
+        """The ids of a text without marks, and the place in it where each begins.
+
+        A word that was added with others that are named after it, word_1, word_2 and so on, stands for all of them, as
+        in diffusers.
+        """
+        try:
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        except (TypeError, UnicodeEncodeError) as error:
+            raise DexportError(f"the prompt {text!r} is not valid text") from error
+        every = [
+            (number, start)
+            for own, (start, _) in zip(encoding.ids, encoding.offsets, strict=True)
+            for number in (own, *self._following.get(own, ()))
+        ]
+        return [number for number, _ in every], [start for _, start in every]
 
     def __call__(self, prompts: Sequence[str], *, negative: bool = False) -> tuple[NDArray[np.int64], list[str]]:
         """Return the ids, int64 [len(prompts), length], and for each prompt the words that did not fit ("" if all did).
@@ -61,3 +86,15 @@ def _shortened(encoding: Any, length: int) -> tuple[list[int], int | None]:
     last = len(marks) - next((index for index, mark in enumerate(reversed(marks)) if not mark), len(marks))
     kept = max(length - (len(tokens) - last), 0)
     return [*tokens[:kept], *tokens[last:]][-length:], encoding.offsets[kept][0]
+
+
+def _following(tokenizer: Any) -> dict[int, list[int]]:
+    """The ids that stand behind that of an added word: those of the words with _1, _2 and so on at its end."""
+    added = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()}
+    following = {}
+    for word, number in added.items():
+        more: list[int] = []
+        while (name := f"{word}_{len(more) + 1}") in added:
+            more.append(added[name])
+        following[number] = more
+    return following

@@ -157,14 +157,19 @@ def _configure(trt: Any, config: Any, target: Target) -> None:
 
 
 def _profile(builder: Any, graph: Graph, max_batch: int) -> Any:
-    """The shapes that the engine takes: a batch of 1 to ``max_batch``, tuned for the largest."""
+    """The shapes that the engine takes: a batch of 1 to ``max_batch``, tuned for the largest.
+
+    Of the graph's own sizes it is tuned for the smallest, which is that of a short prompt.
+    """
+    limits = {"batch": (1, max_batch), **graph.sizes}
     profile = builder.create_optimization_profile()
     for tensor in graph.inputs:
-        if free := [dim for dim in tensor.shape if isinstance(dim, str) and dim != "batch"]:
+        if free := [dim for dim in tensor.shape if isinstance(dim, str) and dim not in limits]:
             raise DexportError(
                 f"{graph.kind}: {free[0]} of {tensor.name!r} is free, and an engine needs it fixed; export with --shape"
             )
-        low, high = (tuple(size if dim == "batch" else dim for dim in tensor.shape) for size in (1, max_batch))
-        if "batch" in tensor.shape:
-            profile.set_shape(tensor.name, low, high, high)
+        low, high = (tuple(limits[dim][end] if isinstance(dim, str) else dim for dim in tensor.shape) for end in (0, 1))
+        best = tuple(max_batch if dim == "batch" else size for dim, size in zip(tensor.shape, low, strict=True))
+        if low != high or "batch" in tensor.shape:
+            profile.set_shape(tensor.name, low, best, high)
     return profile

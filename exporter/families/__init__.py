@@ -8,8 +8,9 @@ that looking at a checkpoint stays quick. docs/adding-a-family.md has an example
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from runtimes.errors import DexportError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 PIPELINES = {
     "AnimateDiffPipeline": "animatediff",
     "AnimateDiffSDXLPipeline": "animatediff_xl",
+    "AuraFlowPipeline": "aura_flow",
     "ConsistencyModelPipeline": "pixel",
     "DDIMPipeline": "pixel",
     "DDPMPipeline": "pixel",
@@ -31,18 +33,44 @@ PIPELINES = {
     "LDMSuperResolutionPipeline": "latent_diffusion",
     "LDMTextToImagePipeline": "latent_diffusion_text",
     "LatentConsistencyModelPipeline": "stable_diffusion",
+    "Lumina2Pipeline": "lumina2",
     "PNDMPipeline": "pixel",
+    "PixArtAlphaPipeline": "pixart",
+    "PixArtSigmaPipeline": "pixart",
+    "SanaPipeline": "sana",
+    "SanaSprintPipeline": "sana",
     "QwenImagePipeline": "qwen_image",
     "StableCascadeCombinedPipeline": "stable_cascade",
-    "StableDiffusion3Img2ImgPipeline": "stable_diffusion_3",
     "StableDiffusion3Pipeline": "stable_diffusion_3",
+    "StableDiffusionAdapterPipeline": "stable_diffusion",
+    "StableDiffusionControlNetPipeline": "stable_diffusion",
+    "StableDiffusionInpaintPipeline": "stable_diffusion",
     "StableDiffusionPipeline": "stable_diffusion",
+    "StableDiffusionXLAdapterPipeline": "stable_diffusion_xl",
+    "StableDiffusionXLControlNetPipeline": "stable_diffusion_xl",
     "StableDiffusionXLImg2ImgPipeline": "stable_diffusion_xl",
+    "StableDiffusionXLInpaintPipeline": "stable_diffusion_xl",
     "StableDiffusionXLPipeline": "stable_diffusion_xl",
     "UnCLIPPipeline": "unclip",
     "ZImagePipeline": "z_image",
 }
 """The allow-list: diffusers' pipeline class to the family's file."""
+
+SAME = {
+    "FluxImg2ImgPipeline": "FluxPipeline",
+    "FluxInpaintPipeline": "FluxPipeline",
+    "LatentConsistencyModelImg2ImgPipeline": "LatentConsistencyModelPipeline",
+    "QwenImageImg2ImgPipeline": "QwenImagePipeline",
+    "QwenImageInpaintPipeline": "QwenImagePipeline",
+    "StableDiffusion3Img2ImgPipeline": "StableDiffusion3Pipeline",
+    "StableDiffusion3InpaintPipeline": "StableDiffusion3Pipeline",
+    "StableDiffusionImg2ImgPipeline": "StableDiffusionPipeline",
+    "ZImageImg2ImgPipeline": "ZImagePipeline",
+    "ZImageInpaintPipeline": "ZImagePipeline",
+}
+"""Classes whose checkpoints have the parts of another: what they do is asked of any bundle, by --image and --mask."""
+
+WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z][a-z]+|[a-z]+|[0-9]+")  # of a class's name
 
 # Each kind of tokenizer by the classes of transformers that a checkpoint may name for it.
 CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
@@ -61,7 +89,8 @@ class Spec:
     """A graph to be: ``forward(modules, *inputs)`` over the components of these builders, and its tensors.
 
     ``builders`` are by component name; a parameter of the graph is named "<component>.<its name in the component>".
-    ``example`` gives the sizes to trace free dimensions with, where the default of ``trace`` will not do.
+    ``example`` gives the sizes to trace free dimensions with, where the default of ``trace`` will not do; ``sizes`` the
+    smallest and the largest size of a free dimension that has such.
     """
 
     kind: Kind
@@ -70,6 +99,7 @@ class Spec:
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     example: Mapping[str, int]
+    sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -127,8 +157,21 @@ def schedulers(family: Family) -> tuple[str, ...]:
 
 
 def find(pipeline: str) -> Family:
-    """Return the family of a pipeline class; DexportError lists what is supported."""
+    """Return the family of a pipeline class; DexportError names the nearest of those that are supported."""
     if pipeline not in PIPELINES:
-        raise DexportError(f"the pipeline class {pipeline} is not supported; supported: {', '.join(sorted(PIPELINES))}")
+        near = nearest(pipeline)
+        advice = f"; nearest to it: {', '.join(near)}" if near else ""
+        raise DexportError(f"the pipeline class {pipeline:.80} is not supported{advice}; docs/families.md lists all")
     module: Any = importlib.import_module(f"exporter.families.{PIPELINES[pipeline]}")
     return module  # type: ignore[no-any-return]
+
+
+def nearest(pipeline: str, count: int = 3) -> list[str]:
+    """The supported classes whose names share most words with a class's."""
+    asked = set(WORD.findall(pipeline.removesuffix("Pipeline")))
+    shared = {name: _likeness(asked, set(WORD.findall(name.removesuffix("Pipeline")))) for name in PIPELINES}
+    return sorted((name for name in shared if shared[name]), key=lambda name: (-shared[name], name))[:count]
+
+
+def _likeness(one: set[str], other: set[str]) -> float:
+    return len(one & other) / len(one | other)

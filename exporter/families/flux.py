@@ -78,14 +78,11 @@ def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
     pooled = Tensor("pooled_projections", "float32", ("batch", _whole(checkpoint, "pooled_projection_dim", 768)))
     told = (Tensor("guidance", "float32", ("batch",)),) if config.get("guidance_embeds") else ()
     inputs = (drawn.sample, Tensor("timestep", "float32", ("batch",)), states, pooled, *told)
-    sides = tuple(
-        patches.SIDE if shape.free else side // (drawn.factor * PATCH) for side in (shape.height, shape.width)
-    )
     build_text = {
         "text_encoder": lambda: parts.build_text(first),
         "text_encoder_2": lambda: text_encoders.build_t5(second),
     }
-    build = {"transformer": lambda: build_transformer(config, sides)}
+    build = {"transformer": lambda: build_transformer(config)}
     output = Tensor("output", "float32", drawn.sample.shape)
     return {
         "text": Spec("text", build_text, text, (tokens, tokens_2), (states, pooled), {}),
@@ -135,12 +132,12 @@ def _check(checkpoint: Checkpoint, drawn: parts.Canvas, shape: Shape) -> None:
     parts.check_width(checkpoint, "joint_attention_dim", 4096, text_encoders.width("text_encoder_2", second))
 
 
-def build_transformer(config: Mapping[str, Any], sides: tuple[int, ...]) -> Any:
-    """A transformer of this config.json for pictures of up to ``sides`` tokens; text stands at position 0."""
+def build_transformer(config: Mapping[str, Any]) -> Any:
+    """A transformer of this config.json whose rotations are tables; text stands at position 0."""
     from diffusers import FluxTransformer2DModel
 
     transformer = FluxTransformer2DModel.from_config(dict(config))
     transformer.pos_embed = patches.rotations(
-        config.get("axes_dims_rope") or AXES, [range(side) for side in (1, *sides)]
+        config.get("axes_dims_rope") or AXES, [range(side) for side in (1, patches.SIDE, patches.SIDE)]
     )
     return transformer

@@ -56,7 +56,7 @@ def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
     """The four graphs. Raises DexportError for configs that do not fit, and sizes that have no whole latents."""
     bert, unet, vae = (checkpoint.components[name].config for name in ("bert", "unet", "vqvae"))
     drawn = _canvas(checkpoint, shape)
-    parts.check_channels(unet, drawn.channels)
+    parts.painting(checkpoint, drawn)  # whose UNet is one of the autoencoder's channels
     tokens = parts.tokens(checkpoint, "bert", "tokens")
     states = Tensor("encoder_hidden_states", "float32", (*tokens.shape, parts.whole("bert", bert, "d_model", 1280)))
     inputs = (drawn.sample, Tensor("timestep", "float32", ("batch",)), states)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from exporter.families import Shape, Spec
 from runtimes.errors import DexportError
-from runtimes.manifest import Guidance, Tensor
+from runtimes.manifest import SEQUENCE, Guidance, Tensor
 
 if TYPE_CHECKING:
     from exporter.checkpoint import Checkpoint
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Config = Mapping[str, Any]
 SIDE = 65536  # the largest picture, latent, width or length that a config may ask for
 BLOCKS = 10  # of a UNet or an autoencoder; the largest of them have 7
+STATES = ("encoder_hidden_states",)  # of CLIP, one for each token
 LARGEST = 1e6  # magnitude of what latents are scaled and shifted by
 LEARNED = ("learned", "learned_range")  # variance_type of schedulers that take it from the model
 # Names of attention in autoencoders and unconditional UNets before diffusers 0.14, and those of today.
@@ -159,13 +160,12 @@ def sides(component: str, name: str, value: Any) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
-def blocks(component: str, config: Config, default: Sequence[int]) -> list[int]:
+def blocks(component: str, config: Config, default: Sequence[int], name: str = "block_out_channels") -> list[int]:
     """The channels of each block of a UNet or an autoencoder; it halves the picture between two of them."""
-    value = config.get("block_out_channels", list(default))
+    value = config.get(name, list(default))
     if not isinstance(value, list) or not 1 <= len(value) <= BLOCKS or any(type(n) is not int or n < 1 for n in value):
         raise DexportError(
-            f"{component}/config.json: block_out_channels={value!r:.60} must be a list of 1 to {BLOCKS} whole numbers "
-            "from 1"
+            f"{component}/config.json: {name}={value!r:.60} must be a list of 1 to {BLOCKS} whole numbers from 1"
         )
     return value
 
@@ -182,13 +182,40 @@ def pixels_per_latent(checkpoint: Checkpoint, component: str = "vae") -> int:
     return int(1 << (len(blocks(component, checkpoint.components[component].config, [64])) - 1))
 
 
-def check_channels(config: Config, channels: int) -> None:
-    """Raise DexportError for a UNet that takes or gives something else than the autoencoder's ``channels``."""
-    if config.get("in_channels", 4) != channels or config.get("out_channels", 4) != channels:
+def painting(checkpoint: Checkpoint, drawn: Canvas) -> tuple[Tensor, ...]:
+    """The inputs ``mask`` and ``masked_sample`` of a UNet that was trained to paint into a picture; () of another one.
+
+    Raises DexportError for a UNet that takes or gives something else than the autoencoder's channels.
+    """
+    config, channels = checkpoint.components["unet"].config, drawn.channels
+    taken, given = config.get("in_channels", 4), config.get("out_channels", 4)
+    paints = "Inpaint" in checkpoint.pipeline and taken == 2 * channels + 1
+    if given != channels or not (taken == channels or paints):
+        hint = "; for an inpainting model, model_index.json names an inpainting pipeline" * (taken == 2 * channels + 1)
         raise DexportError(
-            f"unet/config.json: {config.get('in_channels', 4)} channels in and {config.get('out_channels', 4)} out "
-            f"where the autoencoder has {channels}; inpainting and upscaling models are not supported"
+            f"unet/config.json: {taken!r:.60} channels in and {given!r:.60} out where the autoencoder has {channels}; "
+            f"upscaling models and others that are shown a picture so are not supported{hint}"
         )
+    if not paints:
+        return ()
+    return (
+        replace(drawn.sample, name="mask", shape=("batch", 1, *drawn.sample.shape[2:])),
+        replace(drawn.sample, name="masked_sample"),
+    )
+
+
+def painter(denoiser: Callable[..., Any]) -> Callable[..., Any]:
+    """A denoiser over [B, C, h, w] and ``painting``'s [B, 1, h, w] and [B, C, h, w], joined: [B, 2 C + 1, h, w].
+
+    In the order of the released models, those of Rombach et al. (2022), https://arxiv.org/abs/2112.10752.
+    """
+
+    def paint(modules: Any, sample: Any, mask: Any, masked_sample: Any, *others: Any) -> Any:
+        import torch
+
+        return denoiser(modules, torch.cat([sample, mask, masked_sample], dim=1), *others)
+
+    return paint
 
 
 def check_transformer(config: Config, channels: int, packed: int = 1) -> None:
@@ -225,6 +252,24 @@ def tokens(checkpoint: Checkpoint, component: str, name: str) -> Tensor:
     """The token ids that a text encoder takes: as many as it has positions."""
     config = checkpoint.components[component].config
     return Tensor(name, "int64", ("batch", whole(component, config, "max_position_embeddings", 77)))
+
+
+def long_prompts(checkpoint: Checkpoint, spec: Spec, states: Tensor) -> Spec:
+    """A denoiser that takes the states [B, S, D] of as many chunks of a prompt as the checkpoint is to take.
+
+    Free, not as long as the longest prompt: a short one then has the very states that it has without this.
+    """
+    if checkpoint.chunks == 1:
+        return spec
+    batch, length, width = states.shape
+    assert isinstance(length, int)
+    free = replace(states, shape=(batch, SEQUENCE, width))
+    return replace(
+        spec,
+        inputs=tuple(free if tensor == states else tensor for tensor in spec.inputs),
+        example={**spec.example, SEQUENCE: 2 * length},
+        sizes={SEQUENCE: (length, checkpoint.chunks * length)},
+    )
 
 
 def guidance(config: Config, scale: float) -> Guidance:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-SIDE = 1024  # positions along a side where the size of a picture is free
+SIDE = 1024  # the most tokens along a side that a table of positions holds: a picture of 16384 pixels
 
 
 def pack(sample: Any, patch: int, *, last: bool = False) -> Any:

@@ -85,9 +85,6 @@ def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
     """The four graphs. Raises DexportError for parts that do not fit, and for sizes that have no whole tokens."""
     configs = {name: part.config for name, part in checkpoint.components.items()}
     drawn = _canvas(checkpoint, shape)
-    sides = tuple(
-        patches.SIDE if shape.free else side // (drawn.factor * PATCH) for side in (shape.height, shape.width)
-    )
     width = _check(checkpoint, drawn, shape)
     tokens = Tensor("tokens", "int64", ("batch", DROPPED + LENGTH))
     states = Tensor("encoder_hidden_states", "float32", ("batch", LENGTH, width))
@@ -101,7 +98,7 @@ def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
     return {
         "text": Spec("text", {"text_encoder": build_text}, text, (tokens,), (states, mask), {}),
         "denoiser": Spec(
-            "denoiser", {"transformer": lambda: build_transformer(configs["transformer"], sides)}, denoiser, inputs,
+            "denoiser", {"transformer": lambda: build_transformer(configs["transformer"])}, denoiser, inputs,
             (output,), drawn.latent_sizes,
         ),
         "decoder": Spec("decoder", coder, decode, (drawn.sample,), (drawn.image,), drawn.latent_sizes),
@@ -116,7 +113,7 @@ def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
     return (
         Stage(
             "base", "denoiser", "text", "decoder", "encoder", sample, drawn.factor, checkpoint.scheduler,
-            Guidance("cfg", GUIDANCE, normalize=True), STEPS, multiple=PATCH, patch=PATCH, sigmas="even",
+            Guidance("cfg", GUIDANCE, normalize="tokens"), STEPS, multiple=PATCH, patch=PATCH, sigmas="even",
         ),
     )  # fmt: skip
 
@@ -169,28 +166,27 @@ def _check(checkpoint: Checkpoint, drawn: parts.Canvas, shape: Shape) -> int:
     return width
 
 
-def build_transformer(config: Mapping[str, Any], sides: tuple[int, ...]) -> Any:
-    """A transformer of this config.json for pictures of up to ``sides`` tokens, without complex numbers."""
+def build_transformer(config: Mapping[str, Any]) -> Any:
+    """A transformer of this config.json without complex numbers."""
     from diffusers import QwenImageTransformer2DModel
 
     transformer = QwenImageTransformer2DModel.from_config(dict(config))
-    transformer.pos_embed = _positions(config.get("axes_dims_rope") or AXES, sides)
+    transformer.pos_embed = _positions(config.get("axes_dims_rope") or AXES)
     for block in transformer.transformer_blocks:
         block.attn.set_processor(JointAttention())
     return transformer
 
 
-def _positions(dims: Sequence[int], sides: tuple[int, ...]) -> Any:
+def _positions(dims: Sequence[int]) -> Any:
     """A module with the rotations of a picture's tokens, whose middle is 0, and of the text's, which stand beyond."""
     import torch
 
     class Positions(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.low = (max(sides) + 1) // 2
-            self.turned = patches.rotations(
-                dims, [range(-self.low, max(sides) // 2 + LENGTH)] * len(dims), powers="float32"
-            )
+            self.low = patches.SIDE // 2
+            numbers = range(-self.low, self.low + LENGTH)
+            self.turned = patches.rotations(dims, [numbers] * len(dims), powers="float32")
 
         def forward(self, shapes: Any, max_txt_seq_len: int, device: Any) -> Any:
             ((_, height, width),) = shapes

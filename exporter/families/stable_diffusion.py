@@ -25,7 +25,8 @@ COMPONENTS = {
 }
 # Scale of guidance, diffusers' own, and steps. DPM-Solver++ and Euler have converged after 20; 50 were for PNDM.
 DISTILLED = "LatentConsistencyModelPipeline"
-DEFAULTS = {"StableDiffusionPipeline": (7.5, 20), DISTILLED: (8.5, 4)}
+DEFAULTS = {DISTILLED: (8.5, 4)}
+OTHERS = (7.5, 20)
 # UNet options that ask for conditioning which a Stable Diffusion pipeline does not give.
 FOREIGN = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type")
 
@@ -52,19 +53,21 @@ def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
             raise DexportError(f"unet/config.json: {option}={config[option]!r} is not Stable Diffusion 1.x or 2.x")
     if checkpoint.pipeline == DISTILLED and config.get("time_cond_proj_dim") is None:
         raise DexportError(f"unet/config.json: time_cond_proj_dim is missing, and a {DISTILLED} has it")
-    parts.check_channels(config, drawn.channels)
+    hole = parts.painting(checkpoint, drawn)
     encoder_config = checkpoint.components["text_encoder"].config
     width = parts.whole("text_encoder", encoder_config, "hidden_size", 512)
     tokens = parts.tokens(checkpoint, "text_encoder", "tokens")
     states = Tensor("encoder_hidden_states", "float32", (*tokens.shape, width))
     timestep = Tensor("timestep", "float32", ("batch",))
     output = Tensor("output", "float32", drawn.sample.shape)
-    inputs = (drawn.sample, timestep, states, *parts.further_inputs(config))
+    inputs = (drawn.sample, *hole, timestep, states, *parts.further_inputs(config))
+    forward = parts.painter(denoiser) if hole else denoiser
     build_text = {"text_encoder": lambda: parts.build_text(encoder_config)}
     build_unet = {"unet": lambda: parts.build_unet(config)}
+    unet = Spec("denoiser", build_unet, forward, inputs, (output,), drawn.odd_sizes)
     return {
         "text": Spec("text", build_text, text, (tokens,), (states,), {}),
-        "denoiser": Spec("denoiser", build_unet, denoiser, inputs, (output,), drawn.odd_sizes),
+        "denoiser": parts.long_prompts(checkpoint, unet, states),
         **parts.autoencoder(checkpoint, drawn),
     }
 
@@ -72,13 +75,16 @@ def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
 def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
     """One loop with classifier-free guidance (Ho and Salimans 2022), or with guidance that the UNet knows."""
     config, factor = checkpoint.components["unet"].config, parts.pixels_per_latent(checkpoint)
-    channels = parts.whole("unet", config, "in_channels", 4)
+    channels = parts.whole("vae", checkpoint.components["vae"].config, "latent_channels", 4)
     sample = (channels, shape.height // factor, shape.width // factor)
-    scale, steps = DEFAULTS[checkpoint.pipeline]
+    scale, steps = DEFAULTS.get(checkpoint.pipeline, OTHERS)
     guidance = parts.guidance(config, scale)
     return (
-        Stage("base", "denoiser", "text", "decoder", "encoder", sample, factor, checkpoint.scheduler, guidance, steps),
-    )
+        Stage(
+            "base", "denoiser", "text", "decoder", "encoder", sample, factor, checkpoint.scheduler, guidance, steps,
+            states=parts.STATES,
+        ),
+    )  # fmt: skip
 
 
 def token_inputs(checkpoint: Checkpoint) -> Mapping[str, Tokens]:

@@ -161,8 +161,11 @@ def build_transformer(config: Mapping[str, Any]) -> Any:
     import torch
     from diffusers import SD3Transformer2DModel
 
-    transformer = SD3Transformer2DModel.from_config(dict(config))
-    table = transformer.pos_embed.pos_embed
-    del transformer.pos_embed.pos_embed
-    transformer.pos_embed.pos_embed = torch.nn.Parameter(torch.empty(table.shape))
+    side = config.get("pos_embed_max_size") or 96  # SD3Transformer2DModel's default
+    # A table of one place is made first, since that of 3.5 medium takes gigabytes to compute, for nothing.
+    transformer = SD3Transformer2DModel.from_config({**config, "pos_embed_max_size": 1})
+    places = transformer.pos_embed
+    del places.pos_embed
+    places.pos_embed = torch.nn.Parameter(torch.empty(1, side * side, transformer.inner_dim))
+    places.pos_embed_max_size = side
     return transformer

@@ -71,7 +71,8 @@ def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
     encoders = {name: checkpoint.components[name].config for name in _encoders(checkpoint)}
     pooled = parts.whole("text_encoder_2", encoders["text_encoder_2"], "projection_dim", 512)
     sizes = len(_time_ids(checkpoint, SCORES[0]))
-    _check(config, drawn.channels, pooled, sizes)
+    _check(config, pooled, sizes)
+    hole = parts.painting(checkpoint, drawn)
     tokens = tuple(parts.tokens(checkpoint, name, input_) for name, input_ in _encoders(checkpoint).items())
     width = sum(parts.whole(name, own, "hidden_size", 512) for name, own in encoders.items())
     states = Tensor("encoder_hidden_states", "float32", (*tokens[-1].shape, width))
@@ -79,13 +80,15 @@ def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
     told = Tensor("time_ids", "float32", ("batch", sizes))
     timestep = Tensor("timestep", "float32", ("batch",))
     output = Tensor("output", "float32", drawn.sample.shape)
-    inputs = (drawn.sample, timestep, states, embeds, told, *parts.further_inputs(config))
+    inputs = (drawn.sample, *hole, timestep, states, embeds, told, *parts.further_inputs(config))
+    forward = parts.painter(denoiser) if hole else denoiser
     builders = {"text_encoder": parts.build_text, "text_encoder_2": parts.build_projected_text}
     build_text = {name: lambda name=name, own=own: builders[name](own) for name, own in encoders.items()}
     build_unet = {"unet": lambda: parts.build_unet(config)}
+    unet = Spec("denoiser", build_unet, forward, inputs, (output,), drawn.odd_sizes)
     return {
         "text": Spec("text", build_text, text, tokens, (states, embeds), {}),
-        "denoiser": Spec("denoiser", build_unet, denoiser, inputs, (output,), drawn.odd_sizes),
+        "denoiser": parts.long_prompts(checkpoint, unet, states),
         **parts.autoencoder(checkpoint, drawn),
     }
 
@@ -93,7 +96,7 @@ def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
 def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
     """One loop with classifier-free guidance; a pipeline from image to image only reworks pictures."""
     config, factor = checkpoint.components["unet"].config, parts.pixels_per_latent(checkpoint)
-    channels = parts.whole("unet", config, "in_channels", 4)
+    channels = parts.whole("vae", checkpoint.components["vae"].config, "latent_channels", 4)
     sample = (channels, shape.height // factor, shape.width // factor)
     zeros = checkpoint.index.get("force_zeros_for_empty_prompt", True)
     guidance = replace(parts.guidance(config, GUIDANCE), empty="zeros" if zeros else "text")
@@ -101,7 +104,7 @@ def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
     return (
         Stage(
             "base", "denoiser", "text", "decoder", "encoder", sample, factor, checkpoint.scheduler, guidance, STEPS,
-            sizes, negative if negative != sizes else {},
+            sizes, negative if negative != sizes else {}, states=parts.STATES,
             strength=STRENGTH if checkpoint.pipeline == "StableDiffusionXLImg2ImgPipeline" else None,
         ),
     )  # fmt: skip
@@ -128,7 +131,7 @@ def _time_ids(checkpoint: Checkpoint, score: float) -> list[Any]:
     return [*SIZES, *CORNER, *last]
 
 
-def _check(config: Mapping[str, Any], channels: int, pooled: int, sizes: int) -> None:
+def _check(config: Mapping[str, Any], pooled: int, sizes: int) -> None:
     """Raise DexportError for a UNet that is none of Stable Diffusion XL's."""
     if config.get("addition_embed_type") != "text_time":
         raise DexportError(
@@ -137,7 +140,6 @@ def _check(config: Mapping[str, Any], channels: int, pooled: int, sizes: int) ->
     for option in FOREIGN:
         if config.get(option) is not None:
             raise DexportError(f"unet/config.json: {option}={config[option]!r} is not Stable Diffusion XL")
-    parts.check_channels(config, channels)
     width = parts.whole("unet", config, "addition_time_embed_dim", 256) * sizes + pooled
     if config.get("projection_class_embeddings_input_dim") != width:
         raise DexportError(

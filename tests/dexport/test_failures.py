@@ -344,7 +344,8 @@ def test_a_stop_leaves_nothing(
         process.wait()
     assert process.returncode == code, err
     told = "interrupted" if stop == signal.SIGINT else f"stopped by {stop.name}"
-    assert (out, err.strip()) == ("", f"error: {told}")
+    assert (out, err.splitlines()[-1]) == ("", f"error: {told}")  # a slow machine has said how far it is before
+    assert "Traceback" not in err
     assert not list(tmp_path.iterdir())
 
 

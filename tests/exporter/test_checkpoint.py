@@ -9,13 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 from transformers import CLIPTextModel
 
-from exporter import checkpoint, reference
+from exporter import checkpoint, families, reference
 from runtimes.errors import DexportError
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -84,11 +85,31 @@ def test_a_component_alone(tiny_sd: Path) -> None:
     assert f"give the whole: {tiny_sd}" in refusal(tiny_sd / "unet")
 
 
-def test_unsupported_pipeline_lists_what_is_supported(copy_checkpoint: Copy) -> None:
+@pytest.mark.parametrize(
+    ("kind", "near"),
+    [
+        ("StableDiffusionPAGPipeline", "nearest to it: StableDiffusionPipeline, "),
+        ("AudioLDMPipeline", "nearest to it: LDMPipeline"),
+        ("WanPipeline", "is not supported; docs/families.md lists all"),
+    ],
+)
+def test_an_unsupported_pipeline_is_told_the_nearest(copy_checkpoint: Copy, kind: str, near: str) -> None:
     folder = copy_checkpoint()
-    edit(folder / "model_index.json", _class_name="AudioLDMPipeline")
+    edit(folder / "model_index.json", _class_name=kind)
     message = refusal(folder)
-    assert "AudioLDMPipeline" in message and "StableDiffusionPipeline" in message
+    assert f"the pipeline class {kind} is not supported" in message and near in message
+
+
+def test_a_class_with_the_parts_of_another_is_taken_as_that(copy_checkpoint: Copy) -> None:
+    folder = copy_checkpoint()
+    edit(folder / "model_index.json", _class_name="StableDiffusionImg2ImgPipeline")
+    assert checkpoint.read(folder).pipeline == "StableDiffusionPipeline"
+
+
+@pytest.mark.parametrize(("kind", "same"), families.SAME.items())
+def test_classes_that_are_taken_as_another_have_its_parts(kind: str, same: str) -> None:
+    parts = [getattr(diffusers, name)._get_signature_keys(getattr(diffusers, name))[0] for name in (kind, same)]
+    assert parts[0] == parts[1]
 
 
 def test_classes_come_from_the_allow_list(copy_checkpoint: Copy, tmp_path: Path, monkeypatch: Any) -> None:

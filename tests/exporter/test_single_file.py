@@ -144,6 +144,29 @@ def test_the_configurations_are_those_of_the_full_models(kind: str, modules: Any
         assert {name: entry.shape for name, entry in bind(read, wanted).items()} == wanted
 
 
+@pytest.mark.parametrize(
+    ("kind", "base", "pipeline"),
+    [
+        ("stable-diffusion-1-inpainting", "stable-diffusion-1", "StableDiffusionInpaintPipeline"),
+        ("stable-diffusion-2-inpainting", "stable-diffusion-2-base", "StableDiffusionInpaintPipeline"),
+        ("stable-diffusion-xl-inpainting", "stable-diffusion-xl", "StableDiffusionXLInpaintPipeline"),
+    ],
+)
+def test_inpainting_models_have_five_channels_more(
+    kind: str, base: str, pipeline: str, modules: Any, tmp_path: Path
+) -> None:
+    """Of what goes into the UNet; all else is the model's that they are made of."""
+    shapes = modules[base] | {"unet": modules[base]["unet"] | {"conv_in.weight": (320, 9, 3, 3)}}
+    file = hollow(base, shapes, tmp_path / "m.safetensors")
+    assert single_file.configuration(file, read_header(file), None) == single_file.CONFIGS / kind
+    own, theirs = (ldm.configs(single_file.CONFIGS / name) for name in (kind, base))
+    assert own == theirs | {"unet": theirs["unet"] | {"in_channels": 9}}
+    read = checkpoint.read(file, check=False)
+    assert read.pipeline == pipeline and read.scheduler["prediction_type"] == "epsilon"
+    denoiser = read.family.specs(read, Shape(512, 512, free=False))["denoiser"]
+    assert [tensor.shape[1] for tensor in denoiser.inputs[:3]] == [4, 1, 4]
+
+
 def test_sizes_are_those_that_are_published(modules: Any) -> None:
     """Millions of parameters, as the models' papers and cards have them."""
     sizes = {
@@ -198,7 +221,8 @@ def test_a_converter_may_cut_and_turn_but_not_compute(tmp_path: Path) -> None:
         (["encoder.conv_in.weight", "decoder.conv_in.weight"], "an autoencoder (VAE) alone"),
         (["first_stage_model.encoder.conv_in.weight"], "an autoencoder (VAE) alone"),
         (["down_blocks.0.resnets.0.norm1.weight"], "one component of a diffusers folder"),
-        (["control_model.time_embed.0.weight"], "a ControlNet"),
+        (["control_model.time_embed.0.weight"], "a ControlNet in one file"),
+        (["image_proj.proj.weight"], "an IP-Adapter; give it beside"),
         (["emb_params"], "a textual-inversion embedding"),
         (["double_blocks.0.img_attn.norm.key_norm.scale"], "of the kind 'flux-"),
         (["layer1.weight"], "not a Stable Diffusion checkpoint"),
@@ -217,8 +241,6 @@ def test_wrong_files(single: Path, tiny_sd: Path, tmp_path: Path) -> None:
     write({name: value for name, value in whole.items() if not name.startswith("cond_stage_model")})
     assert "holds no text_encoder" in refusal(single, config=tiny_sd)
     first = "model.diffusion_model.input_blocks.0.0.weight"
-    write(whole | {first: np.repeat(whole[first], 9, axis=1)[:, :9]})
-    assert "of the kind 'inpainting', which is not supported" in refusal(single)
     write(whole | {first: np.full_like(whole[first], np.nan)})
     assert f"tensor '{first}' holds NaN" in refusal(single, config=tiny_sd)
     assert "no name of a configuration; there are stable-diffusion-1" in refusal(single, config="stable-diffusion-9")

@@ -18,6 +18,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -119,7 +120,11 @@ def draw_theirs(family: Family, folder: Path, refiner: Path | None = None) -> tu
     if family.shape is not None:
         words |= dict(zip(("height", "width"), family.shape, strict=True))
     words |= family.told
-    if "image" in asked:
+    if "mask" in asked:
+        width, height = asked["image"].size
+        words |= {"image": asked["image"], "mask_image": asked["mask"], "height": height, "width": width}
+        words["strength"] = asked.get("strength", 1.0)
+    elif "image" in asked:
         words |= {"image": encode(pipe.vae, asked["image"]), "strength": asked["strength"]}
 
     def keep(pipe: Any, index: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -130,13 +135,20 @@ def draw_theirs(family: Family, folder: Path, refiner: Path | None = None) -> tu
         if refiner is not None:
             words["image"] = pipe(**words | {"output_type": "latent", "denoising_end": HANDOVER}).images
             pipe, words["denoising_start"] = _open(refiner), HANDOVER
-        pictures = pipe(**words, callback_on_step_end=keep).images
+        pictures = pipe(**words, **_watched(pipe, keep)).images
     latents = kept[-1]
     if latents.ndim == 3:  # tokens of packed latents
         latents = pipe._unpack_latents(latents, *pictures.shape[1:3], pipe.vae_scale_factor)
     if latents.ndim == 5:  # a video of one frame
         latents = latents[:, :, 0]
     return latents.numpy(), pictures.transpose(0, 3, 1, 2)
+
+
+def _watched(pipe: Any, keep: Callable[..., Any]) -> dict[str, Any]:
+    """The argument by which a pipeline calls ``keep`` after each step."""
+    if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
+        return {"callback_on_step_end": keep}
+    return {"callback": lambda index, t, latents: keep(pipe, index, t, {"latents": latents})}
 
 
 def _open(folder: Path) -> Any:
@@ -169,7 +181,10 @@ def draws(shape: tuple[int, ...]) -> Callable[[], Array]:
 
 @contextmanager
 def same_noise() -> Any:
-    """Let diffusers draw its noise from ``draws``: every module that took ``randn_tensor`` by name."""
+    """Let diffusers draw its noise from ``draws``: every module that took ``randn_tensor`` by name.
+
+    An autoencoder gives the mode of its latents, as ours does, where it would draw from their distribution.
+    """
     source: dict[tuple[int, ...], Callable[[], Array]] = {}
 
     def randn(shape: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -178,13 +193,23 @@ def same_noise() -> Any:
 
     users = [m for n, m in list(sys.modules.items()) if n.startswith("diffusers.") and "randn_tensor" in vars(m)]
     kept = [module.randn_tensor for module in users]
+    sample = DiagonalGaussianDistribution.sample
     try:
         for module in users:
             module.randn_tensor = randn
+        DiagonalGaussianDistribution.sample = lambda self, generator=None: self.mode()
         yield
     finally:
+        DiagonalGaussianDistribution.sample = sample
         for module, function in zip(users, kept, strict=True):
             module.randn_tensor = function
+
+
+def hole(side: int = 32) -> Image.Image:
+    """A mask of a part of a picture, whose edges are no multiples of the pixels of a latent."""
+    mask = Image.new("L", (side, side))
+    mask.paste(255, (side // 3, side // 5, side - 3, side - 7))
+    return mask
 
 
 def picture(side: int = 32) -> Image.Image:

@@ -133,7 +133,16 @@ def latent_consistency(folder: Path) -> None:
     stable_diffusion(folder, diffusers.LatentConsistencyModelPipeline, scheduler, {"time_cond_proj_dim": 31})
 
 
-def stable_diffusion_xl(folder: Path, kind: Any, scheduler: Any, *, refiner: bool = False, **options: Any) -> None:
+def inpainting(folder: Path) -> None:
+    """As 1.5's inpainting model: a UNet that is told the mask and the picture without the hole."""
+    scheduler = diffusers.DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False)
+    stable_diffusion(folder, diffusers.StableDiffusionInpaintPipeline, scheduler, {"in_channels": 9})
+
+
+def stable_diffusion_xl(
+    folder: Path, kind: Any, scheduler: Any, *, refiner: bool = False, channels: int = 4,
+    blocks: dict[str, Any] | None = None, **options: Any,
+) -> None:  # fmt: skip
     """Two tokenizers that fill up with other ids, text encoders of two widths, and latents with a mean each."""
     torch.manual_seed(2)
     words, words_2 = tokenizer(folder, "words"), tokenizer(folder, "words-2", "!")
@@ -141,11 +150,11 @@ def stable_diffusion_xl(folder: Path, kind: Any, scheduler: Any, *, refiner: boo
     unet = conditional_unet(
         addition_embed_type="text_time", addition_time_embed_dim=8, cross_attention_dim=48 if refiner else 32 + 48,
         projection_class_embeddings_input_dim=24 + 8 * (5 if refiner else 6), use_linear_projection=True,
-        transformer_layers_per_block=(1, 2),
+        transformer_layers_per_block=(1, 2), in_channels=channels, **(blocks or {}),
     )  # fmt: skip
-    vae = kl_autoencoder(
-        2, scaling_factor=0.13025, latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.8, 2.0, 1.0]
-    )
+    normal = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.5, 0.8, 2.0, 1.0]}
+    # diffusers' inpainting pipeline leaves the mean out when it encodes, and takes it in when it decodes.
+    vae = kl_autoencoder(2, scaling_factor=0.13025, **({} if channels == 9 else normal))
     save(
         folder, kind, vae=vae, text_encoder=None if refiner else clip(len(words)), text_encoder_2=wide,
         tokenizer=None if refiner else words, tokenizer_2=words_2, unet=unet, scheduler=scheduler, **options,
@@ -154,6 +163,11 @@ def stable_diffusion_xl(folder: Path, kind: Any, scheduler: Any, *, refiner: boo
 
 def sdxl(folder: Path) -> None:
     stable_diffusion_xl(folder, diffusers.StableDiffusionXLPipeline, diffusers.EulerDiscreteScheduler(**SCHEDULE))
+
+
+def sdxl_inpainting(folder: Path) -> None:
+    scheduler = diffusers.EulerDiscreteScheduler(**SCHEDULE)
+    stable_diffusion_xl(folder, diffusers.StableDiffusionXLInpaintPipeline, scheduler, channels=9)
 
 
 def sdxl_turbo(folder: Path) -> None:

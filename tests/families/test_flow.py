@@ -107,11 +107,11 @@ def test_defaults_are_the_pipelines(saved: Callable[[str], Path]) -> None:
         guided = stage.guidance.kind, stage.guidance.scale, stage.guidance.normalize
         found[name] = (read.family.default_shape(read), stage.steps, *guided, stage.sigmas, lengths)
     assert found == {
-        "sd_3": ((32, 32), 28, "cfg", 7.0, False, "scheduler", [77, 77, 256]),
-        "flux": ((256, 256), 28, "embedded", 3.5, False, "even", [77, 512]),
-        "flux_schnell": ((256, 256), 4, "none", 1.0, False, "even", [77, 256]),
-        "qwen_image": ((512, 512), 50, "cfg", 4.0, True, "even", [34 + 512]),
-        "z_image": ((128, 128), 50, "cfg", 6.0, False, "even", [512]),
+        "sd_3": ((32, 32), 28, "cfg", 7.0, "none", "scheduler", [77, 77, 256]),
+        "flux": ((256, 256), 28, "embedded", 3.5, "none", "even", [77, 512]),
+        "flux_schnell": ((256, 256), 4, "none", 1.0, "none", "even", [77, 256]),
+        "qwen_image": ((512, 512), 50, "cfg", 4.0, "tokens", "even", [34 + 512]),
+        "z_image": ((128, 128), 50, "cfg", 6.0, "none", "even", [512]),
     }
 
 
@@ -143,7 +143,7 @@ def test_language_models_have_one_name_for_each_weight() -> None:
         assert rename_language(name) is None
 
 
-@pytest.mark.parametrize("name", ["sd_3", "flux", "qwen_image", "z_image"])
+@pytest.mark.parametrize("name", ["sd_3", "flux_schnell", "qwen_image", "z_image"])
 def test_a_denoiser_of_every_size(saved: Callable[[str], Path], tmp_path: Path, name: str) -> None:
     folder = saved(name)
     model = hub.export(folder, tmp_path / "hub", shape=(32, 32), dynamic_shape=True, graphs=["denoiser"])

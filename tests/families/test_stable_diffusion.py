@@ -185,7 +185,7 @@ def test_the_stage(tiny_sd: Path, tiny_hub: Path) -> None:
     ("component", "option", "value", "words"),
     [
         ("unet", "addition_embed_type", "text_time", "is not Stable Diffusion 1.x or 2.x"),
-        ("unet", "in_channels", 9, "inpainting and upscaling models are not supported"),
+        ("unet", "in_channels", 9, "for an inpainting model, model_index.json names an inpainting pipeline"),
         ("unet", "down_block_types", ["NoSuchBlock", "DownBlock2D"], "NoSuchBlock"),
         ("unet", "cross_attention_dim", 48, "has the shape"),
         ("vae", "block_out_channels", [16, 32], "config.json of vae"),

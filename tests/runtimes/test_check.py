@@ -50,6 +50,23 @@ def first(owner: str, **changes: Any) -> Change:
     return lambda model: model["graphs"][owner]["inputs"][0].update(changes)
 
 
+def more(name: str, dtype: str, shape: list[Any]) -> Change:
+    """Give the denoiser one more input."""
+    tensor = {"name": name, "dtype": dtype, "shape": shape}
+    return lambda model: model["graphs"]["denoiser"]["inputs"].append(tensor)
+
+
+def long(sizes: list[int], *, states: list[str], free: bool = True) -> Change:
+    """Let the denoiser take long prompts."""
+
+    def change(model: dict[str, Any]) -> None:
+        model["graphs"]["denoiser"]["inputs"][2]["shape"] = ["batch", "sequence", 8]
+        model["graphs"]["denoiser"]["sizes"] = {"sequence": sizes} if free else {}
+        model["stages"][0]["states"] = states
+
+    return change
+
+
 WRONG: list[tuple[Change, str]] = [
     (rename("../../evil"), "graph's name is"),
     (rename("/tmp/evil"), "graph's name is"),
@@ -89,7 +106,8 @@ WRONG: list[tuple[Change, str]] = [
     (stage(patch=0), "patch is 0"),
     (stage(patch=2), "patch is 2"),
     (stage(sigmas="odd"), "sigmas: 'odd'"),
-    (stage(guidance={"kind": "cfg", "scale": 5.0, "normalize": True}), "normalize needs patch"),
+    (stage(guidance={"kind": "cfg", "scale": 5.0, "normalize": "tokens"}), "normalize tokens needs patch"),
+    (stage(guidance={"kind": "cfg", "scale": 5.0, "normalize": "words"}), "normalize: 'words'"),
     (stage(steps=0), "steps is 0"),
     (stage(steps=10**9), "steps is"),
     (stage(steps=2000), "steps must be at most 1000"),
@@ -119,6 +137,17 @@ WRONG: list[tuple[Change, str]] = [
     (first("denoiser", shape=[1] * 40), "1 to 8 dimensions"),
     (first("denoiser", name="x"), "must have 'sample'"),
     (graph("denoiser", outputs=[]), "at least one"),
+    (graph("denoiser", sizes={"sequence": [77, 154]}), "sizes: 'sequence' is"),
+    (graph("denoiser", sizes={"batch": [2, 1]}), "sizes: 'batch' is"),
+    (long([77, 154], states=[]), "states is ()"),
+    (long([77, 154], states=["states"], free=False), "sizes must say how long"),
+    (long([76, 152], states=["states"]), "sizes of sequence is"),
+    (long([77, 155], states=["states"]), "77 and a multiple of it"),
+    (stage(states=["ghost"]), "states is 'ghost'"),
+    (lambda model: (stage(states=["states"])(model), tokenizer(side="left")(model)), "those of a prompt as it is"),
+    (stage(states=["ids"]), "states is 'ids'"),
+    (more("mask", "float32", ["batch", 1, 8, 8]), "the denoiser's 'masked_sample' must be float32"),
+    (more("masked_sample", "float32", ["batch", 4, 8, 8]), "the denoiser's 'mask' must be float32"),
     (graph("denoiser", properties={"max_batch": "many"}), "max_batch is 'many'"),
 ]
 

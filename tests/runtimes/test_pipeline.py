@@ -97,8 +97,8 @@ def test_batched_and_sequential_guidance_agree(pipeline: Pipeline, denoiser: Den
 def test_guidance_is_the_formula(pipeline: Pipeline) -> None:
     """The model is linear in the conditioning: guidance g is the model with conditioning u + g (c - u)."""
     request = Request(["red apple"], negative_prompt="a table", guidance=3.0)
-    tokens = pipeline.tokenize(["red apple", "a table"])[0]["tokens"]
-    c, u = tokens.mean(axis=1)
+    tokens = pipeline.prompts.tokenize(pipeline.model.stages[0], ["red apple", "a table"]).ids["tokens"]
+    c, u = tokens.mean(axis=2)
     with_guidance = next(pipeline.generate(request))
     mixed = u + 3.0 * (c - u)
     from runtimes.loop import noise_source
@@ -137,8 +137,8 @@ def test_a_long_prompt_is_cut_with_a_warning_that_shows_what_was_cut(pipeline: P
     result = pipeline("red apple on a green table", steps=1)
     assert len(result.warnings) == 1
     assert "'green table' was cut off" in result.warnings[0]
-    ids = pipeline.tokenize(["red apple on a green table", "red"])[0]["tokens"]
-    assert ids.tolist() == [[0, 2, 4, 5, 6, 1], [0, 2, 1, 1, 1, 1]]
+    tokens = pipeline.prompts.tokenize(pipeline.model.stages[0], ["red apple on a green table", "red"])
+    assert tokens.ids["tokens"].tolist() == [[[0, 2, 4, 5, 6, 1]], [[0, 2, 1, 1, 1, 1]]] and tokens.chunks == 1
     assert pipeline("red", negative_prompt="a a a a a red", steps=1).warnings == [
         "the negative prompt is longer than the model's context: 'a red' was cut off"
     ]

@@ -123,7 +123,7 @@ def test_an_empty_negative_prompt(tmp_path: Path, empty: Any, words: str, expect
     made, sessions = pipeline(model(guidance=Guidance("cfg", 4.0, empty)), tmp_path)
     last(made, steps=1, negative_prompt=words)
     hidden = sessions["denoiser"].calls[0]["hidden"][:, 0]
-    tokens, _ = made.tokenize([words])
+    tokens = made.prompts.tokenize(made.model.stages[0], [words]).ids
     assert hidden[:2].tolist() == [np.float32(tokens["tokens"].mean()) if expected else 0.0] * 2
     assert (hidden[2:] > 0).all()
 
@@ -203,3 +203,14 @@ def test_stages_that_do_not_fit_each_other() -> None:
     lonely = replace(model(), tokenizers=(*model().tokenizers, Tokenizer("tokenizer_x/t.json", "more", 6, 1)))
     with pytest.raises(DexportError, match="no text graph that takes their tokens"):
         check_model(lonely, "test")
+
+
+def test_a_model_that_paints_needs_a_picture_and_a_mask(tmp_path: Path) -> None:
+    hole = (Tensor("mask", "float32", ("batch", 1, 8, 8)), replace(SAMPLE, name="masked_sample"))
+    with pytest.raises(DexportError, match="a denoiser that paints into a picture needs an encoder"):
+        check_model(model(further=hole), "test")
+    made = Pipeline(model(further=hole), tmp_path, {}.__getitem__)
+    picture = Image.new("RGB", (32, 32))
+    for asked in ({}, {"image": picture}, {"mask": picture}):
+        with pytest.raises(DexportError, match="paints into a picture: give it with --image, and with --mask"):
+            last(made, **asked)

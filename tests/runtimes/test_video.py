@@ -201,8 +201,8 @@ def test_a_model_of_videos_must_make_sense() -> None:
     free = replace(SAMPLE, shape=("batch", 4, "height", 2, 2))
     for changed, message in (
         (model(fps=0.0), "fps: a video has"),
-        (model(fps=None), r"sample is \(4, 3, 2, 2\); it must be 3 numbers"),
-        (model(sample=(4, 2, 2)), r"sample is \(4, 2, 2\); it must be 4 numbers"),
+        (model(fps=None), r"sample is \(4, 3, 2, 2\); it must be three numbers"),
+        (model(sample=(4, 2, 2)), r"sample is \(4, 2, 2\); it must be four numbers"),
         (model(sample=(4, 5, 2, 2)), "the denoiser's"),
         (with_graph(model(encoder="encoder"), "encoder", encoder), "a video starts from noise"),
         (with_inputs(model(), "denoiser", free), "the denoiser's frames is 'height'"),
