@@ -123,6 +123,7 @@ class Pipeline:
             raise DexportError("this model reworks pictures and draws none from noise; give one with --image")
         for step in self.generate(request):
             progress(f"step {step.index + 1}/{step.total}", (step.index + 1) / step.total)
+        progress("decoding", 1.0)
         drawn = self.decode(step.sample, request)
         warnings = []
         if request.negative_prompt and all(stage.guidance.kind != "cfg" for stage in self.model.stages if stage.text):

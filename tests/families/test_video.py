@@ -75,7 +75,7 @@ def test_bundle_proves_itself(made: Made) -> None:
     assert all(check.passed for check in checks)
     assert {check.graph for check in checks} == set(found["graphs"]) == {"text", "denoiser", "decoder"}
     assert (found["image"], found["frames"]) == ("16x16 pixels", "4, 8 a second")
-    assert set(times["graphs"]) == set(found["graphs"])
+    assert set(times["graphs"]) == set(found["graphs"]) and times["frames"] == FRAMES
     report = (folder / "report.html").read_text()
     assert report.count("<figure class=frames>") == 3 and "4, 8 a second" in report
 
