@@ -31,7 +31,7 @@ FASTEST_GIF = 50.0  # viewers take a shorter delay than 20 ms for a mistake, and
 GIF_UNIT, PNG_UNIT = 10, 1  # milliseconds that a frame's time is counted in
 COLOURS = 256  # of a GIF
 PALETTE_PIXELS = 2**18  # of all frames, from which a GIF's colours are chosen
-DITHER = 24.0  # of 256 levels: about the step between neighbouring colours of a palette
+DITHER = 10.0  # of 256 levels: enough that slopes have no bands, too little to put dots into an even colour
 COLUMNS = 8  # of a sheet of frames
 
 
