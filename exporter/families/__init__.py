@@ -59,12 +59,17 @@ PIPELINES = {
 SAME = {
     "FluxImg2ImgPipeline": "FluxPipeline",
     "FluxInpaintPipeline": "FluxPipeline",
+    "KandinskyV22Img2ImgCombinedPipeline": "KandinskyV22CombinedPipeline",
     "LatentConsistencyModelImg2ImgPipeline": "LatentConsistencyModelPipeline",
     "QwenImageImg2ImgPipeline": "QwenImagePipeline",
     "QwenImageInpaintPipeline": "QwenImagePipeline",
     "StableDiffusion3Img2ImgPipeline": "StableDiffusion3Pipeline",
     "StableDiffusion3InpaintPipeline": "StableDiffusion3Pipeline",
+    "StableDiffusionControlNetImg2ImgPipeline": "StableDiffusionControlNetPipeline",
+    "StableDiffusionControlNetInpaintPipeline": "StableDiffusionControlNetPipeline",
     "StableDiffusionImg2ImgPipeline": "StableDiffusionPipeline",
+    "StableDiffusionXLControlNetImg2ImgPipeline": "StableDiffusionXLControlNetPipeline",
+    "StableDiffusionXLControlNetInpaintPipeline": "StableDiffusionXLControlNetPipeline",
     "ZImageImg2ImgPipeline": "ZImagePipeline",
     "ZImageInpaintPipeline": "ZImagePipeline",
 }

@@ -154,7 +154,7 @@ def test_other_kinds_from_vocabulary_and_merges(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "content", "words"),
     [
-        (None, b"", "none of tokenizer.json, vocab.json, spiece.model, tokenizer.model is there"),
+        (None, b"", "none of tokenizer.json, vocab.json, vocab.txt, spiece.model, tokenizer.model is there"),
         ("spiece.model", b"\xff\xff", "no model of SentencePiece"),
         ("tokenizer.json", b"{", "T5Tokenizer cannot read it"),
         ("tokenizer_config.json", b"{", "not valid JSON"),

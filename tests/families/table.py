@@ -1,0 +1,166 @@
+"""Write docs/families.md: every pipeline class of the installed diffusers, what its bundles do, or why there are none.
+
+    python -m tests.families.table
+
+What a class's bundles do is read from the small checkpoints that the families' tests build and compare.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+
+from exporter import checkpoint, ensemble
+from exporter.families import PIPELINES, SAME, Shape
+from runtimes import cascade
+from tests.families import small, small_cascades, small_flow, small_ldm, small_transformers
+
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
+Make = Callable[[Path], Any]
+WRITERS: tuple[Make, ...] = (
+    small.write_ddpm, small.write_grey, small.write_consistency, small.write_ldm, small.write_superresolution,
+    small.write_dit, small.sd_2, small.inpainting, small.latent_consistency, small.sdxl, small.refiner,
+    small.sdxl_inpainting, small_flow.sd_3, small_flow.flux, small_flow.qwen_image, small_flow.z_image,
+    small_transformers.pixart_alpha, small_transformers.pixart_sigma, small_transformers.sana,
+    small_transformers.sana_sprint, small_transformers.aura_flow, small_transformers.lumina2,
+    small_cascades.kandinsky, small_cascades.unclip, small_cascades.stable_cascade, small_ldm.ldm_text,
+)  # fmt: skip
+# Checkpoints of these hold those of another and what steers it, or are the same but for the scheduler.
+STEERED = {
+    f"StableDiffusion{xl}{what}Pipeline": f"StableDiffusion{xl}Pipeline"
+    for xl in ("", "XL")
+    for what in ("Adapter", "ControlNet")
+}
+LIKE = {"PNDMPipeline": "DDPMPipeline"}
+HEAD = """# Families
+
+What the pipeline classes of diffusers {version} are to dexport. Of each that is exported a test builds a small
+checkpoint, of diffusers' own classes with random weights, for ONNX Runtime and OpenVINO, compares what the bundles draw
+with diffusers' own pipeline on the same noise, and compiles the denoisers for TensorRT. An engine has not been run yet.
+
+This page is written by `python -m tests.families.table`; a test holds it to the code and to the installed diffusers.
+
+## Exported
+
+"Image to image" is `--image`, "masks" is `--mask`, for models that never saw one; hints are pictures that steer
+([more](checkpoints.md#pictures-that-steer)).
+
+| pipeline class | tasks | family |
+|---|---|---|
+"""
+WHY = """
+## Not exported
+
+A class that is not here is not of this version of diffusers.
+
+| why | pipeline classes |
+|---|---|
+"""
+YET = "not written yet"
+REASONS: tuple[tuple[str, str], ...] = (
+    ("blocks whose parts lie in other repositories, not a checkpoint", r".*Modular|Diffusion"),
+    ("of diffusers' own ONNX or Flax export, not of torch", r"Onnx.*|StableDiffusionOnnx"),
+    (
+        "it draws tokens of a codebook or a language, not a continuous sample",
+        r"VQDiffusion|Amused.*|DiffusionGemma|LLaDA2",
+    ),
+    (
+        "sound: a bundle has no way out for it yet",
+        r"AceStep|Audio.*|DanceDiffusion|MusicLDM|Spectrogram.*|StableAudio.*|LongCatAudio.*",
+    ),
+    ("shapes in space and proteins, not pictures", r"ShapE.*|RFD4.*"),
+    (
+        "video beyond AnimateDiff",
+        r"Allegro|AnimateDiff.+|AnyFlow.*|ChronoEdit|CogVideo.*|ConsisID|Cosmos.*|EasyAnimate.*|Helios.*|Hunyuan.*Video.*"
+        r"|HunyuanSkyreels.*|I2VGenXL|Latte|LTX.*|LucyEdit|Mochi|MotifVideo.*|PIA|Sana.*Video|SanaWM|SkyReels.*"
+        r"|StableVideoDiffusion|TextToVideo.*|VideoToVideo.*|Wan.*|Kandinsky5.2V|Kandinsky6.*",
+    ),
+    (
+        "it takes gradients, or turns a picture back into noise, while it draws",
+        r".*AttendAndExcite|.*DiffEdit|.*Pix2PixZero|.*ModelEditing|CycleDiffusion|.*Paradigms",
+    ),
+    (
+        "guidance inside of attention, or over parts of a picture; the same checkpoint is exported as the plain class, "
+        "where that is",
+        r".*PAG.*|.*SAG|SemanticStableDiffusion|.*Panorama|.*GLIGEN.*",
+    ),
+    (
+        "pictures that are edited join the tokens of the prompt",
+        r"QwenImageEdit.*|QwenImageLayered.*|OmniGen|FluxKontext.*|Flux2.*|JoyImageEdit.*|LongCatImageEdit|VisualCloze.*"
+        r"|DreamLite.*|ZImageOmni|FluxPriorRedux|BriaFiboEdit|GlmImage|Kandinsky5I2I|PaintByExample|BlipDiffusion.*"
+        r"|UniDiffuser|VersatileDiffusion.*",
+    ),
+    (
+        "the denoiser takes a picture as further channels, in a way of its own",
+        r".*InstructPix2Pix|.*Depth2Img|.*Upscale|FluxFill|FluxControl(Img2Img|Inpaint)?|CogView4Control|Marigold.*"
+        r"|.*ImageVariation|.*LDM3D|KandinskyV22Inpaint.*|KandinskyInpaint.*|.*ControlNetInpaint.*",
+    ),
+    ("a ControlNet of another kind or another architecture than Stable Diffusion's and SDXL's", r".*Control[Nn]et.*"),
+    (
+        "a stage by itself; the two are exported together (`--prior`)",
+        r"KandinskyV22(Prior)?|StableCascade(Prior|Decoder)",
+    ),
+)
+
+
+def classes() -> list[str]:
+    """The pipeline classes of the installed diffusers."""
+    return sorted(name for name in dir(diffusers) if name.endswith("Pipeline"))
+
+
+def tasks(make: Make, folder: Path) -> tuple[str, str]:
+    """The pipeline class of a checkpoint, and what its bundles do."""
+    make(folder / "checkpoint")
+    read = checkpoint.read(folder / "checkpoint", check=False)
+    shape = Shape(*read.family.default_shape(read), free=False)
+    specs, stages = ensemble.specs(read, shape), ensemble.stages(read, shape)
+    main = cascade.main(stages)[0]
+    asked = {tensor.name for stage in stages for tensor in specs[stage.denoiser].inputs}
+    source = "text" if stages[0].text else "class" if stages[0].labels else "noise"
+    if "image" in asked:
+        return read.pipeline, "larger pictures of small ones"
+    if "mask" in asked:
+        return read.pipeline, f"{source} into a mask, by a model that was trained to"
+    if main.strength is not None:
+        return read.pipeline, "image to image by text, masks"
+    return read.pipeline, f"{source} to image" + (", image to image, masks" if main.encoder else "")
+
+
+def exported() -> dict[str, str]:
+    """What the bundles of each exported class do."""
+    found = {}
+    for make in WRITERS:
+        with tempfile.TemporaryDirectory() as folder:
+            name, does = tasks(make, Path(folder))
+        found[name] = does
+    found |= {name: f"{found[plain]}, steered by hints" for name, plain in STEERED.items()}
+    return found | {name: found[other] for name, other in LIKE.items()}
+
+
+def reason(name: str) -> str:
+    """Why a class is not exported."""
+    short = name.removesuffix("Pipeline")
+    return next((why for why, pattern in REASONS if re.fullmatch(pattern, short)), YET)
+
+
+def page() -> str:
+    """The page's text."""
+    does, rows = exported(), []
+    for name in classes():
+        if name in PIPELINES:
+            rows.append(f"| `{name}` | {does[name]} | `{PIPELINES[name]}` |")
+        elif name in SAME:
+            rows.append(f"| `{name}` | taken as `{SAME[name]}`, whose parts it has | `{PIPELINES[SAME[name]]}` |")
+    left = [name for name in classes() if name not in PIPELINES and name not in SAME]
+    why = {which: [name for name in left if reason(name) == which] for which in (*dict(REASONS), YET)}
+    lines = [f"| {which} | {', '.join(f'`{name}`' for name in names)} |" for which, names in why.items() if names]
+    return HEAD.format(version=diffusers.__version__) + "\n".join(rows) + "\n" + WHY + "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
