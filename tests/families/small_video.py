@@ -8,7 +8,7 @@ from typing import Any
 import diffusers
 import torch
 
-from tests.families.small import SCHEDULE, save, tokenizer
+from tests.families.small import SCHEDULE, save, sdxl, tokenizer
 from tests.tiny import clip, conditional_unet, kl_autoencoder
 
 WIDTHS = (32, 32)  # diffusers' motion modules have 32 groups of channels
@@ -37,3 +37,16 @@ def animatediff(folder: Path) -> Any:
     moving.save_pretrained(folder.with_name("adapter"))
     scheduler = diffusers.DDIMScheduler(**{**SCHEDULE, "beta_schedule": "linear"}, clip_sample=False)
     return diffusers.AnimateDiffPipeline(**{**parts, "scheduler": scheduler}, motion_adapter=moving)
+
+
+def saved(folder: Path) -> None:
+    """As diffusers saves its pipeline: all in the UNet, and the adapter beside it once more."""
+    animatediff(folder.with_name("pictures")).save_pretrained(folder)
+
+
+def saved_xl(folder: Path) -> None:
+    """Likewise of Stable Diffusion XL."""
+    sdxl(folder.with_name("pictures"))
+    pictures = diffusers.StableDiffusionXLPipeline.from_pretrained(folder.with_name("pictures"))
+    moving = adapter(block_out_channels=tuple(pictures.unet.config.block_out_channels))
+    diffusers.AnimateDiffSDXLPipeline(**pictures.components, motion_adapter=moving).save_pretrained(folder)
