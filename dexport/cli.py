@@ -9,6 +9,7 @@ import click
 
 import dexport
 from dexport import console, tables
+from dexport import output as outputs
 from dexport.group import FAILED_GATE, ByStage, Face, HintFile, Numbers, SamplerName, Shape, TargetName
 from dexport.options import (
     FOLDER,
@@ -251,6 +252,7 @@ def compile_(
 @click.option(
     "-n", "--images", type=click.IntRange(1), default=1, show_default=True, help="Images for each prompt or class."
 )
+@click.option("--fps", type=click.FloatRange(0, min_open=True), help="Frames a second of a video.")
 @click.option("--sampler", type=SamplerName(), help="Another sampler than the checkpoint's.")
 @click.option("--size", type=Shape(), help="Size of the images, where the bundle is of dynamic shape.")
 @click.option(
@@ -260,8 +262,9 @@ def compile_(
 @threads_option
 @click.option("--cache", type=FOLDER, help="Folder for what the runtime compiles when it loads the bundle.")
 @click.option(
-    "-o", "--output", type=FOLDER, default="image.png", show_default=True,
-    help="A .png (several images are numbered) or a folder; pictures of the same name are replaced.",
+    "-o", "--output", type=FOLDER,
+    help="A .png, of a video a .gif, .mp4 or animated .png (several are numbered), or a folder, which takes a video's "
+    "frames; files of the same name are replaced.  [default: image.png or video.gif]",
 )  # fmt: skip
 @json_option
 def run(
@@ -273,16 +276,19 @@ def run(
     hint_files: tuple[tuple[str, Path, dict[str, Any]], ...],
     threads: int | None,
     cache: Path | None,
-    output: Path,
+    output: Path | None,
     as_json: bool,
     **settings: Any,
 ) -> None:
     """Draw with a BUNDLE: prompts, classes, or, with a model that takes neither, what it was trained on.
 
+    A model of videos draws one in each image's place.
+
     \b
     Example:
       dexport run bundle --prompt "red apple" --prompt "green apple" --steps 20 --seed 7 -o apples
       dexport run bundle --class "golden retriever" --class 207 -n 4 -o dogs
+      dexport run animatediff --prompt "a corgi walking" --fps 12 -o corgi.gif
       dexport run bundle --prompt "a cottage" --hint canny=edges.png:0.8 -o cottage.png
     """
     try:
@@ -294,8 +300,6 @@ def run(
         ) from error
     every = [*prompts, *filter(None, lines)]
     count = max(len(every), len(settings["labels"]), 1)
-    files = console.image_files(output, count * settings["images"])
-    console.check_places(files)
     settings["image"] = console.open_image(image_file) if image_file else None
     settings["mask"] = console.open_image(mask_file) if mask_file else None
     if len({name for name, _, _ in hint_files}) < len(hint_files):
@@ -303,13 +307,14 @@ def run(
     settings["hints"] = {name: dexport.Hint(console.open_image(file), **how) for name, file, how in hint_files}
     with console.working() as progress:
         pipeline = dexport.load(bundle, threads=threads, cache=cache)
+        files = outputs.files(output, count * settings["images"], videos=pipeline.fps is not None)
+        outputs.check(files, pipeline.fps and (settings["fps"] or pipeline.fps))
         result = pipeline(every, progress=progress, **settings)
-        console.save_images(result.images, result.settings, files)
+        outputs.save(result, files)
     for warning in result.warnings:
         click.echo(f"warning: {warning}", err=True)
     if as_json:
-        images = [{"file": file, **made} for file, made in zip(files, result.settings, strict=True)]
-        console.print_json({"images": images, "warnings": result.warnings})
+        console.print_json(outputs.listed(result, files))
     else:
         for file in files:
             click.echo(file)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 
 
 EVERY = 60.0  # seconds from one line of progress to the next, where there is no terminal
-OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jxl", ".ppm", ".svg")
 
 
 @contextlib.contextmanager
@@ -110,17 +108,6 @@ def _width(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
     return sum(max(len(cell) for cell in column) + 2 for column in columns)
 
 
-def image_files(output: Path, count: int) -> list[Path]:
-    """Name ``count`` pictures: ``output`` where it is one .png, numbered beside it where several, else inside it."""
-    if output.suffix.lower() == ".png" and not output.is_dir():
-        if count == 1:
-            return [output]
-        return [output.with_name(f"{output.stem}-{index:03d}.png") for index in range(count)]
-    if output.suffix.lower() in OTHER_PICTURES and not output.is_dir():
-        raise click.BadParameter(f"{output}: pictures are written as .png; name such a file, or a folder")
-    return [output / f"{index:03d}.png" for index in range(count)]
-
-
 def open_image(file: Path) -> Image:
     """Read a picture; DexportError for what is none."""
     from PIL import Image, UnidentifiedImageError
@@ -134,28 +121,6 @@ def open_image(file: Path) -> Image:
     except (UnidentifiedImageError, OSError) as error:
         why = getattr(error, "strerror", None) or "not a picture that can be read"
         raise DexportError(f"{file}: {why}") from error
-
-
-def check_places(files: Sequence[Path]) -> None:
-    """Raise DexportError, before any work, where one of these pictures could not be written."""
-    for file in files:
-        folder = next(parent for parent in file.absolute().parents if parent.exists())
-        if file.is_dir():
-            raise DexportError(f"{file}: there is a folder of this name; choose another output")
-        if not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise DexportError(f"{file}: cannot be written: {folder} is not a folder that you may write to")
-
-
-def save_images(images: Sequence[Image], settings: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> None:
-    """Write each picture with the settings that made it, making folders as needed."""
-    from runtimes.image import save_png
-
-    for image, made, file in zip(images, settings, files, strict=True):
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            save_png(image, file, made)
-        except OSError as error:
-            raise DexportError(f"{file}: cannot be written ({error.strerror or error})") from error
 
 
 def size(count: int) -> str:

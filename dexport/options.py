@@ -57,12 +57,13 @@ def _origin(
     checkpoint: Path, config: str | None, loras: tuple[str, ...], clip_skip: int, refiner: Path | None,
     prior: Path | None, decoder: Path | None, sampler: str | None, steps: int | None, guidance: float | None,
     controls: tuple[str, ...], ip_adapters: tuple[str, ...], image_encoder: Path | None, long_prompts: int,
-    embeddings: tuple[str, ...],
+    embeddings: tuple[str, ...], motion_adapter: Path | None, frames: int | None,
 ) -> Origin:  # fmt: skip
     return dexport.Origin(
         checkpoint, refiner=refiner, config=config, loras=loras, clip_skip=clip_skip, sampler=sampler, steps=steps,
         guidance=guidance, controls=controls, ip_adapters=ip_adapters, image_encoder=image_encoder,
         long_prompts=long_prompts, embeddings=embeddings, prior=prior, decoder=decoder,
+        motion_adapter=motion_adapter, frames=frames,
     )  # fmt: skip
 
 
@@ -91,6 +92,10 @@ origin_options = together(
     click.option(
         "--decoder", type=FOLDER, help="A consistency decoder, which draws the pictures in place of the autoencoder's."
     ),
+    click.option(
+        "--motion-adapter", type=FOLDER, help="AnimateDiff's, for a Stable Diffusion 1.x or XL that then draws videos."
+    ),
+    click.option("--frames", type=click.IntRange(1), help="Frames of each video; the model's own number by default."),
     click.option("--sampler", type=SamplerName(), help="The model's sampler, in place of the checkpoint's."),
     click.option("--steps", type=click.IntRange(1), help="Steps if none are asked for."),
     click.option(

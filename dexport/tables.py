@@ -89,7 +89,8 @@ def times(found: Mapping[str, Any]) -> None:
     ]
     images = str(found["images"])
     rows.append(("step", images, "", seconds(found["step_seconds"])))
-    rows.append((f"image, {found['steps']} steps", images, "", seconds(found["image_seconds"])))
+    what = f"video of {found['frames']} frames" if "frames" in found else "image"
+    rows.append((f"{what}, {found['steps']} steps", images, "", seconds(found["image_seconds"])))
     print_table(("part", "batch", "load", "median"), rows, f"{found['target']} {found['precision']}")
 
 

@@ -285,7 +285,8 @@ def _sample(model: Model) -> Any:
 
 def _shape(model: Model) -> tuple[int, int]:
     stage = model.stages[-1]
-    return stage.sample[1] * stage.factor, stage.sample[2] * stage.factor
+    height, width = stage.sample[-2:]
+    return height * stage.factor, width * stage.factor
 
 
 def _existing(output: Path) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter import clip_skip as clip_skips
-from exporter import combined, families, lora, single_file, textual_inversion
+from exporter import combined, families, lora, motion, single_file, textual_inversion
 from runtimes import strict_json
 from runtimes.bundle import hash_file
 from runtimes.errors import DexportError, Progress, silent
@@ -66,6 +66,7 @@ class Checkpoint:
     pictures that this one draws; ``steps`` and ``guidance``: defaults in place of the family's; ``chunks``: how many
     times as long as its text encoder takes a prompt may be (exporter.ensemble); ``words``: what its tokenizers have
     beyond their files (exporter.textual_inversion); ``hints``: the components that steer by a picture (exporter.hints).
+    ``frames``: those of a video, None for the family's own.
     """
 
     path: Path
@@ -80,6 +81,7 @@ class Checkpoint:
     refiner: Checkpoint | None = None
     steps: int | None = None
     guidance: float | None = None
+    frames: int | None = None
     hints: tuple[str, ...] = ()
     chunks: int = 1
     words: tuple[str, ...] = ()
@@ -107,6 +109,7 @@ def read(
     loras: Sequence[Path | str] = (),
     embeddings: Sequence[Path | str] = (),
     clip_skip: int = 1,
+    motion_adapter: Path | str | None = None,
     check: bool = True,
     progress: Progress = silent,
 ) -> Checkpoint:
@@ -116,7 +119,8 @@ def read(
     weights are not looked at; by default the kind is read from the file. ``prior``: the folder of the prior that a
     decoder was saved without (exporter.combined). ``loras``: files to merge, each "FILE" or "FILE:SCALE";
     ``embeddings``: likewise, "FILE" or "FILE:WORD". ``clip_skip``: which layer's states of the text encoder are used,
-    counted from the last, 1. Raises DexportError for what is missing, damaged, unsupported, or only there as a pickle.
+    counted from the last, 1. ``motion_adapter``: the folder of one to join to the UNet (exporter.motion). Raises
+    DexportError for what is missing, damaged, unsupported, or only there as a pickle.
     """
     path = Path(path)
     header = read_header(path) if path.is_file() and path.suffix == ".safetensors" else None
@@ -169,6 +173,9 @@ def read(
             progress(f"{component.name}: checking weights", index_ / len(components))
             check_finite(component.entries.values())
     found = Checkpoint(path, pipeline, components, scheduler, tokenizers, files, schedulers=schedulers, index=index)
+    if motion_adapter is not None:
+        found = add(motion.animated(found), motion.ADAPTER, Path(motion_adapter), motion.CLASS)
+    found = motion.join(found)
     return clip_skips.skip(textual_inversion.merge(lora.merge(found, loras), embeddings), clip_skip)
 
 

@@ -42,7 +42,8 @@ class Origin:
     it by pictures, as in ``exporter.hints.add``. sampler, steps, guidance: the model's defaults, in place of its
     checkpoint's and family's; a model that was distilled to need no guidance says so nowhere, and is one with
     ``guidance`` up to 1. Of a model with several ways (runtimes.cascade) they are of the main one. long_prompts: how
-    many chunks a prompt may have, each as long as the text encoder takes (75 tokens of CLIP's).
+    many chunks a prompt may have, each as long as the text encoder takes (75 tokens of CLIP's). motion_adapter: the
+    folder of one that makes a model of pictures one of videos (exporter.motion). frames: of each video.
     """
 
     path: Path | str | OwnModel
@@ -60,6 +61,8 @@ class Origin:
     embeddings: Sequence[Path | str] = ()
     prior: Path | str | None = None
     decoder: Path | str | None = None
+    motion_adapter: Path | str | None = None
+    frames: int | None = None
 
     @classmethod
     def of(cls, checkpoint: Origin | OwnModel | Path | str) -> Origin:
@@ -69,7 +72,7 @@ class Origin:
     @property
     def checkpoints(self) -> list[Path]:
         """The paths of the checkpoints, which nothing is written into."""
-        paths = (self.path, self.refiner, self.prior, self.decoder)
+        paths = (self.path, self.refiner, self.prior, self.decoder, self.motion_adapter)
         return [Path(path) for path in paths if isinstance(path, Path | str)]
 
 
@@ -81,7 +84,8 @@ def read(origin: Origin | OwnModel | Path | str, *, progress: Progress = silent)
     if isinstance(origin.path, Path | str):
         base = checkpoints.read(
             Path(origin.path), config=origin.config, prior=origin.prior, loras=origin.loras,
-            embeddings=origin.embeddings, clip_skip=origin.clip_skip, progress=progress,
+            embeddings=origin.embeddings, clip_skip=origin.clip_skip,
+            motion_adapter=origin.motion_adapter, progress=progress,
         )  # fmt: skip
         base = hints.add(base, origin.controls, origin.ip_adapters, origin.image_encoder)
     else:
@@ -93,6 +97,7 @@ def read(origin: Origin | OwnModel | Path | str, *, progress: Progress = silent)
         if part is not None
     )
     base = replace(base, refiner=next(iter(others), None), steps=origin.steps, guidance=origin.guidance)
+    base = replace(base, frames=origin.frames)
     if origin.decoder is not None:
         base = checkpoints.add(base, consistency.COMPONENT, Path(origin.decoder), consistency.CLASS)
         consistency.check(base)
@@ -149,7 +154,11 @@ def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
     """
     every = _stages(checkpoint, shape)
     if consistency.component(checkpoint) is not None:
+        if every[-1].fps is not None:
+            raise DexportError("a consistency decoder draws pictures, and no videos; leave --decoder out")
         every = consistency.stages(checkpoint, shape, every)
+    if checkpoint.frames is not None and every[-1].fps is None:
+        raise DexportError(f"{checkpoint.path}: a {checkpoint.pipeline} draws pictures; leave --frames out")
     asked = cascade.main(every)
     several = asked != cascade.ways(every)[0]
     return tuple(_with_defaults(stage, checkpoint, several) if stage in asked else stage for stage in every)

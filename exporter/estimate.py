@@ -58,6 +58,8 @@ def needs(checkpoint: Checkpoint) -> dict[str, Any]:
     calls = dict.fromkeys(graphs, 1)
     for stage in stages:
         calls[stage.denoiser] = STEPS * (2 if stage.guidance.kind == "cfg" else 1)
+        if stage.fps is not None and stage.decoder is not None:
+            calls[stage.decoder] = stage.sample[1]  # once for each frame
     disk = sum(graph.weights for graph in graphs.values())
     export = STARTING + TRACING * sum(graph.tensors for graph in graphs.values()) + WRITING * disk / 1e9
     flops = RUNS * sum(calls[name] * graph.flops for name, graph in graphs.items())

@@ -80,7 +80,8 @@ def _model(model: Model, sizes: Mapping[str, int]) -> dict[str, Any]:
 def _main(model: Model) -> dict[str, Any]:
     stage, last = cascade.main(model.stages)[0], model.stages[-1]
     return {
-        **({"image": _pixels(last)} if len(last.sample) == 3 else {}),
+        **({"image": _pixels(last)} if len(last.sample) > 2 else {}),
+        **({"frames": f"{last.sample[1]}, {last.fps:g} a second"} if last.fps else {}),
         "sampler": stage.scheduler["_class_name"],
         "steps": stage.steps,
         "guidance": f"{stage.guidance.kind}, scale {stage.guidance.scale:g}",
@@ -90,7 +91,8 @@ def _main(model: Model) -> dict[str, Any]:
 
 
 def _pixels(stage: Stage) -> str:
-    return f"{stage.sample[1] * stage.factor}x{stage.sample[2] * stage.factor} pixels"
+    height, width = stage.sample[-2:]
+    return f"{height * stage.factor}x{width * stage.factor} pixels"
 
 
 def _span(stage: Stage) -> str:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from exporter.gate import Proof, Reference
-from runtimes import cascade, subject
+from runtimes import cascade, subject, video
 from runtimes.image import to_images
 from runtimes.manifest import Model
 
@@ -26,6 +26,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .2rem .8rem; border-bottom: 1px solid #ddd }
 th { text-align: left } td.number { text-align: right; font-variant-numeric: tabular-nums }
 figure { display: inline-block; margin: 0 1rem 1rem 0 } img { width: 16rem; image-rendering: pixelated }
+figure.frames img { width: 100% }
 """
 COLOURS = ("#36c", "#c33")  # of a chart's lines
 
@@ -58,6 +59,7 @@ def _facts(model: Model, recipe: Mapping[str, Any]) -> str:
     rows = [
         ("family", model.family),
         ("image", f"{recipe['shape'][0]}x{recipe['shape'][1]} pixels" + (", any size" * recipe["dynamic_shape"])),
+        *([("frames", f"{stage.sample[1]}, {stage.fps:g} a second")] if stage.fps else []),
         ("sampler", f"{stage.scheduler['_class_name']}, {stage.steps} steps"),
         ("guidance", f"{stage.guidance.kind}, {stage.guidance.scale:g}"),
         *([("classes", str(stage.labels.count))] if stage.labels else []),
@@ -83,13 +85,19 @@ def _pictures(model: Model, reference: Reference, image: NDArray[Any] | None) ->
         gain = 1 / most if most else 1.0
         shown += [("this bundle", image), (f"difference, times {gain:.3g}", difference * gain)]
     figures = [
-        f'<figure><img alt="{escape(what)}" src="data:image/png;base64,{_png(to_images(array)[0])}">'
+        f'<figure{" class=frames" * (model.stages[-1].fps is not None)}><img alt="{escape(what)}" '
+        f'src="data:image/png;base64,{_png(_picture(array))}">'
         f"<figcaption>{escape(what)}</figcaption></figure>"
         for what, array in shown
     ]
     request = reference.request
     of = " ".join(f"{name} “{value}”," for name, value in subject.settings(model, request, 0).items())
     return f"<p>{escape(of)} {cascade.described(request.steps)} steps, seed {request.seed}</p>\n" + "\n".join(figures)
+
+
+def _picture(array: NDArray[Any]) -> Image.Image:
+    """The first picture of [B, 3, H, W], or all frames of the first video of [B, F, 3, H, W]."""
+    return to_images(array)[0] if array.ndim == 4 else video.sheet(to_images(array[0]))
 
 
 def _agreement(accuracy: Mapping[str, Any]) -> str:

@@ -35,12 +35,12 @@ def bench(
 
         {"target", "precision", "threads", "images", "repeats", "steps",
          "graphs": {name: {"batch", "load_seconds", "first_seconds", "seconds", "best_seconds"}},
-         "step_seconds", "image_seconds"}
+         "step_seconds", "image_seconds"}, and of a video its "frames"
 
     ``seconds`` is the median of ``repeats`` calls after the first, which some runtimes spend on compiling for the
     batch at hand. The denoiser's batch is ``2 * images`` where the model is guided. ``image_seconds`` is for all
-    ``images`` together with the checkpoint's own number of steps, graphs loaded and warm. Raises DexportError for a bad
-    bundle.
+    ``images`` (or videos) together with the checkpoint's own number of steps, graphs loaded and warm. Raises
+    DexportError for a bad bundle.
     """
     if repeats < 1 or images < 1:
         raise DexportError(f"repeats and images must be 1 or more, not {repeats} and {images}")
@@ -79,6 +79,7 @@ def bench(
         "repeats": repeats,
         "graphs": graphs,
         **_image(pipeline, images),
+        **({} if pipeline.fps is None else {"frames": manifest.model.stages[-1].sample[1]}),
     }
 
 

@@ -125,7 +125,8 @@ def multiple(model: Model) -> int:
 def sizes(model: Model) -> dict[str, int]:
     """The default size of each free dimension of the model's graphs but the batch."""
     last = model.stages[-1]
-    found = {"image_height": last.sample[1] * last.factor, "image_width": last.sample[2] * last.factor}
+    height, width = last.sample[-2:]
+    found = {"image_height": height * last.factor, "image_width": width * last.factor}
     for stage in reversed(model.stages):
         sample = next(tensor for tensor in model.graphs[stage.denoiser].inputs if tensor.name == "sample")
         found |= {

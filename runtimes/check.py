@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import PurePosixPath
 
-from runtimes import cascade, conditioning, subject, timetable
+from runtimes import cascade, conditioning, subject, timetable, video
 from runtimes.accuracy import BANDS
 from runtimes.errors import DexportError, IntegrityError
 from runtimes.manifest import PROMPT, SEQUENCE, Graph, Kind, Manifest, Model, Stage, Tensor, Tokenizer
@@ -177,10 +177,13 @@ def _check_stage(model: Model, stage: Stage, where: str) -> None:
         if name is not None and (name not in model.graphs or model.graphs[name].kind != kind):
             raise _wrong(where, kind, name, f"a graph of the kind {kind}")
     is_last = stage is model.stages[-1]
-    ranks = (3,) if is_last or stage.gives is None else range(1, RANK)
+    own, many = (3, "three") if stage.fps is None else (4, "four")  # a video has frames before its height
+    ranks = (own,) if is_last or stage.gives is None else range(1, RANK)
     if len(stage.sample) not in ranks or not all(1 <= side <= SIDE for side in stage.sample):
-        raise _wrong(where, "sample", stage.sample, f"three numbers from 1 to {SIDE}, or fewer where it is given on")
-    picture = [3, *(side * stage.factor for side in stage.sample[1:])]
+        raise _wrong(where, "sample", stage.sample, f"{many} numbers from 1 to {SIDE}, or fewer where it is given on")
+    frames = stage.sample[1 : own - 2] if len(stage.sample) == own else ()
+    sides = stage.sample[1 + len(frames) :]
+    picture = [3, *frames, *(side * stage.factor for side in sides)]
     if stage.factor < 1 or max(picture) > SIDE or max(math.prod(picture), math.prod(stage.sample)) > ELEMENTS:
         raise _wrong(where, "sample and factor", (stage.sample, stage.factor), f"at most {ELEMENTS} numbers a picture")
     if not 1 <= stage.steps <= STEPS:
@@ -191,13 +194,14 @@ def _check_stage(model: Model, stage: Stage, where: str) -> None:
         raise _wrong(where, "span", stage.span, "two numbers that rise within 0 to 1")
     if stage.strength is not None and not 0 < stage.strength <= 1:
         raise _wrong(where, "strength", stage.strength, "above 0 and at most 1")
-    if not 1 <= stage.multiple <= SIDE or any(side % stage.multiple for side in stage.sample[1:]):
+    if not 1 <= stage.multiple <= SIDE or any(side % stage.multiple for side in sides):
         raise _wrong(where, "multiple", stage.multiple, "a number from 1 that divides the sample's sides")
     if stage.patch is not None and (stage.patch < 1 or stage.multiple % stage.patch):
         raise _wrong(where, "patch", stage.patch, "null, or a number from 1 that divides multiple")
     if stage.guidance.normalize == "tokens" and stage.patch is None:
         raise DexportError(f"{where}: guidance: to normalize tokens needs patch, their size")
     _check_inputs(model.graphs[stage.denoiser], stage, where)
+    _check_video(model, stage, where)
     _check_hints(model, stage, where)
     _check_labels(model.graphs[stage.denoiser], stage, where)
     _check_states(model, stage, where)
@@ -205,6 +209,26 @@ def _check_stage(model: Model, stage: Stage, where: str) -> None:
         timetable.compile_stage(stage, stage.steps, stage.sample)
     except DexportError as error:
         raise DexportError(f"{where}: scheduler: {error}") from error
+
+
+def _check_video(model: Model, stage: Stage, where: str) -> None:
+    """A video is drawn out of noise by one way, with a fixed number of frames; its decoder takes one of them."""
+    if stage.fps is None:
+        return
+    try:
+        video.check_fps(stage.fps)
+    except DexportError as error:
+        raise DexportError(f"{where}: fps: {error}") from error
+    if stage.gives is not None or len(cascade.ways(model.stages)) > 1:
+        raise DexportError(f"{where}: fps is for the stages of a model with one way, which draws the video")
+    if stage.encoder is not None:
+        raise _wrong(where, "encoder", stage.encoder, "null, since a video starts from noise")
+    if isinstance(_sample(model, stage).shape[2], str):
+        raise _wrong(where, "the denoiser's frames", _sample(model, stage).shape[2], "a number")
+    if stage.decoder is not None:
+        taken = next(tensor for tensor in model.graphs[stage.decoder].inputs if tensor.name == "sample").shape
+        if len(taken) != len(stage.sample):
+            raise _wrong(where, "what the decoder takes", list(taken), "one frame, [batch, C, h, w]")
 
 
 def _check_inputs(graph: Graph, stage: Stage, where: str) -> None:
@@ -278,7 +302,7 @@ def _check_way(stages: Sequence[Stage], where: str) -> None:
     joined = all(before[1] == after[0] for before, after in pairwise(spans))
     if not joined or spans[0][0] != 0 or spans[-1][1] != 1:
         raise _wrong(where, "the stages' spans", spans, "a way from 0 to 1 without a gap")
-    if len({(stage.sample, stage.factor) for stage in stages}) > 1:
+    if len({(stage.sample, stage.factor, stage.fps) for stage in stages}) > 1:
         raise DexportError(f"{where}: the stages' samples differ; one must go on with what the other made")
     if not all(subject.alike(stages[0], stage) for stage in stages):
         raise DexportError(f"{where}: the stages must all take a prompt, or the same classes, or neither")
@@ -313,7 +337,7 @@ def _check_given(model: Model, where: str) -> None:
         others = [made[name] for name in [cascade.NEGATIVE + result] if name in made]
         if any(not _meets(tensor, shape) for tensor in (*taken, *others)):
             raise _wrong(where, f"what {stage.name!r:.60} gives", shape, "of the shape that later denoisers take")
-    free = [cascade.is_free(model, stage) for stage in model.stages if len(stage.sample) == 3]
+    free = [cascade.is_free(model, stage) for stage in model.stages if len(stage.sample) > 2]
     if any(free) and not free[-1]:
         raise DexportError(f"{where}: the last stage's samples have one size alone, where those before it are free")
 

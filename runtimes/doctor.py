@@ -13,6 +13,7 @@ from runtimes.target import DEVICES
 PACKAGES = {
     "text": ("tokenizers",),
     "plot": ("matplotlib",),
+    "video": ("av",),
     "export": ("torch", "diffusers", "transformers", "accelerate", "onnx", "onnx-ir", "onnxscript", "safetensors"),
 }
 """The other extras, with the packages that each brings."""

@@ -46,9 +46,9 @@ def request(model: Model, names: str | Sequence[str], **settings: Any) -> Reques
     else:
         settings["images"] = len(every) * settings.get("images", 1)
     if subject.shown(model):
-        settings["image"] = _colours(settings.get("seed", 0), model.stages[-1].sample[1:])
+        settings["image"] = _colours(settings.get("seed", 0), model.stages[-1].sample[-2:])
     last = model.stages[-1]  # whose samples are pictures, or latents of such
-    height, width = (side * last.factor for side in last.sample[1:])
+    height, width = (side * last.factor for side in last.sample[-2:])
     settings["hints"] = {
         hint.name: _colours(settings.get("seed", 0) + i, (height, width))
         for i, hint in enumerate(hints.taken(model), 1)

@@ -55,13 +55,18 @@ def _cut(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return scaled.crop((left, top, left + size[1], top + size[0]))
 
 
-def save_png(image: Image.Image, file: Path, settings: Mapping[str, Any]) -> None:
-    """Write a PNG with ``settings`` as JSON in its metadata; the file appears whole or not at all."""
+def png_info(settings: Mapping[str, Any]) -> PngImagePlugin.PngInfo:
+    """A PNG's metadata that holds ``settings`` as JSON."""
     info = PngImagePlugin.PngInfo()
     info.add_itxt(KEY, json.dumps(settings, sort_keys=True, ensure_ascii=False))
+    return info
+
+
+def save_png(image: Image.Image, file: Path, settings: Mapping[str, Any]) -> None:
+    """Write a PNG with ``settings`` as JSON in its metadata; the file appears whole or not at all."""
     partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     try:
-        image.save(partial, "PNG", pnginfo=info)
+        image.save(partial, "PNG", pnginfo=png_info(settings))
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)

@@ -119,7 +119,7 @@ class Stage:
     text: str | None
     decoder: str | None
     encoder: str | None
-    sample: tuple[int, ...]  # default shape of the loop's sample, without batch: [C, h, w], or [D] of an embedding
+    sample: tuple[int, ...]  # default shape of the loop's sample, without batch: [C, h, w]; [D] of an embedding
     factor: int  # pixels of the image for each element of the sample, along height and width
     scheduler: Mapping[str, Any]  # the checkpoint's scheduler_config.json, "_class_name" included
     guidance: Guidance
@@ -142,6 +142,9 @@ class Stage:
     gives: str | None = None
     # With a negative prompt it draws what that gives too, for the calls with it.
     gives_negative: bool = False
+    # Of a video, whose samples are [C, F, h, w]: how many frames are shown in a second, if nothing is asked for. Its
+    # decoder takes one frame, [C, h, w].
+    fps: float | None = None
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from runtimes import bundle, cascade, conditioning, guidance, hints, inpaint, loop, samplers, subject, timetable
+from runtimes import bundle, cascade, conditioning, guidance, hints, inpaint, loop, samplers, subject, timetable, video
 from runtimes.errors import DexportError, Progress, silent
 from runtimes.image import to_array, to_images
 from runtimes.manifest import Manifest, Model, Stage
 from runtimes.prompts import Prompts
 from runtimes.session import Session, require, run_batched
 from runtimes.target import Target
+from runtimes.video import Video
 
 Array = NDArray[Any]
 Batching = Literal["batched", "sequential"]
@@ -58,6 +59,7 @@ class Request:
     mask: Image.Image | None = None  # paint only where it is white, and leave the rest of the picture as it is
     # 0 to 1: the part of the steps that is made of a picture; if None, STRENGTH, or all of them with a mask
     strength: float | None = None
+    fps: float | None = None  # of a video: frames that are shown in a second
     # Pictures that steer, by the names that the model has for them; "" is the name where it takes but one.
     hints: Mapping[str, Image.Image | hints.Hint] = field(default_factory=dict)
     guidance_batch: Batching = "batched"  # with and without prompt in one call, or in two that need less memory
@@ -66,11 +68,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Result:
-    """Pictures with the settings that made each, and warnings to show."""
+    """Pictures, or videos if the model draws those, with the settings that made each, and warnings to show."""
 
     images: list[Image.Image]
     settings: list[dict[str, Any]]
     warnings: list[str] = field(default_factory=list)
+    videos: list[Video] = field(default_factory=list)
 
 
 class Pipeline:
@@ -83,6 +86,11 @@ class Pipeline:
         self._open = open_graph
         self.prompts = Prompts(model, folder, open_graph)
         self._main = cascade.main(model.stages)[0]
+
+    @property
+    def fps(self) -> float | None:
+        """Frames a second of the videos that the model draws; None for one that draws pictures."""
+        return self.model.stages[-1].fps
 
     @classmethod
     def load(
@@ -115,15 +123,20 @@ class Pipeline:
             raise DexportError("this model reworks pictures and draws none from noise; give one with --image")
         for step in self.generate(request):
             progress(f"step {step.index + 1}/{step.total}", (step.index + 1) / step.total)
-        images = to_images(self.decode(step.sample, request))
+        progress("decoding", 1.0)
+        drawn = self.decode(step.sample, request)
         warnings = []
         if request.negative_prompt and all(stage.guidance.kind != "cfg" for stage in self.model.stages if stage.text):
             warnings.append("this model takes no negative prompt: it was left out")
         if request.prompts:
             asked = {"prompt": request.prompts, "negative prompt": [request.negative_prompt]}
             warnings += self.prompts.warnings(asked, weighted=request.prompt_weights)
-        settings_ = [{**self._settings(request, i), "size": [p.height, p.width]} for i, p in enumerate(images)]
-        return Result(images, settings_, warnings)
+        settings_ = [{**self._settings(request, i), "size": list(drawn.shape[-2:])} for i in range(len(drawn))]
+        if self.fps is None:
+            return Result(to_images(drawn), settings_, warnings)
+        fps = request.fps or self.fps
+        settings_ = [{**one, "frames": drawn.shape[1], "fps": fps} for one in settings_]
+        return Result([], settings_, warnings, [Video(to_images(one), fps) for one in drawn])
 
     def generate(
         self, request: Request, noise: Callable[[], Array] | Sequence[Callable[[], Array]] | None = None
@@ -219,11 +232,14 @@ class Pipeline:
         ]
 
     def decode(self, sample: Array, request: Request | None = None) -> Array:
-        """Turn the loop's last sample into images, float32 [B, 3, H, W] in [0, 1]."""
+        """Turn the loop's last sample into images, float32 [B, 3, H, W] in [0, 1], or videos, [B, F, 3, H, W]."""
         name = self.model.stages[-1].decoder
         latents = np.ascontiguousarray(sample, np.float32)
-        image = latents if name is None else run_batched(self._open(name), {"sample": latents})["image"]
-        return _finite(image)
+
+        def picture(latents: Array) -> Array:
+            return latents if name is None else run_batched(self._open(name), {"sample": latents})["image"]
+
+        return _finite(picture(latents) if self.fps is None else video.decode(picture, latents))
 
     def encode(self, images: Array) -> Array:
         """Turn images, float [B, 3, H, W] in [0, 1], into samples as the loop takes them."""
@@ -241,11 +257,11 @@ class Pipeline:
         return {name: _finite(value) for name, value in outputs.items()}
 
     def sample_shape(self, request: Request, stage: Stage | None = None) -> tuple[int, ...]:
-        """The shape of one sample, [C, h, w] or [D], that the request asks of a stage, by default of the last one."""
+        """The shape of one sample, [C, h, w], [C, F, h, w] or [D], that the request asks of a stage, or of the last."""
         last, size, multiple = self.model.stages[-1], request.size, cascade.multiple(self.model)
         stage, fixed = stage or last, None
         if not cascade.is_free(self.model, last):
-            fixed = last.sample[1] * last.factor, last.sample[2] * last.factor
+            fixed = last.sample[-2] * last.factor, last.sample[-1] * last.factor
         if size is None and fixed is None and request.image is not None and subject.shown(self.model):
             height, width = subject.fitting(request.image, last.multiple)
             size = (height * last.factor, width * last.factor)
@@ -261,7 +277,7 @@ class Pipeline:
             raise DexportError(f"a size must be a multiple of {multiple} pixels; {size} is not")
         if not cascade.is_free(self.model, stage):
             return stage.sample
-        return (stage.sample[0], size[0] // stage.factor, size[1] // stage.factor)
+        return (*stage.sample[:-2], size[0] // stage.factor, size[1] // stage.factor)
 
     def _checked(self, request: Request) -> Request:
         subject.check(self.model, request)
@@ -297,6 +313,7 @@ class Pipeline:
         for way in cascade.ways(self.model.stages):
             if way[0].guidance.kind == "none" and (guidance.numbers(self._scale(request, way)) > 1).any():
                 raise DexportError("this model was made to draw without guidance; leave it out")
+        video.check_request(self.model.stages[-1], request)
         if request.guidance_batch not in ("batched", "sequential"):
             raise DexportError(f"guidance_batch is 'batched' or 'sequential', not {request.guidance_batch!r}")
         return request
@@ -322,7 +339,7 @@ class Pipeline:
     def _pixels(self, request: Request) -> tuple[int, int]:
         """Height and width of the images."""
         factor = self.model.stages[-1].factor
-        _, height, width = self.sample_shape(request)
+        height, width = self.sample_shape(request)[-2:]
         return height * factor, width * factor
 
     def _denoiser(
@@ -389,11 +406,11 @@ class Pipeline:
 
         chunks: of each prompt. without: of the negative prompt, or of no class, in place of what the request asks for.
         """
-        graph, (_, *sides) = self.model.graphs[stage.denoiser], self.sample_shape(request, stage)
+        graph, sides = self.model.graphs[stage.denoiser], self.sample_shape(request, stage)[-2:]
         return {
             **self._encoded(stage, request, chunks, without),
             **conditioning.constants(stage, graph, self._pixels(request), subject.count(request), negative=without),
-            **subject.conditioning(stage, graph, request, tuple(sides), without=without),
+            **subject.conditioning(stage, graph, request, sides, without=without),
             **cascade.conditioning(graph, given, without=without),
         }
 

@@ -23,7 +23,7 @@ AT_IMPORT = {
 """What a package may import from outside the standard library when it is imported; None: anything."""
 
 EVER = {
-    "runtimes": {"numpy", "PIL", "tokenizers", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cuda"},
+    "runtimes": {"av", "numpy", "PIL", "tokenizers", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cuda"},
     "calibration": {"numpy", "onnx", "onnx_ir", "ml_dtypes"},
     "exporter": None,
     "dexport": {"click", "matplotlib", "rich", "numpy", "PIL"},

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from exporter.checkpoint import Checkpoint
 
 PIPELINES = {
+    "AnimateDiffPipeline": "animatediff",
+    "AnimateDiffSDXLPipeline": "animatediff_xl",
     "AuraFlowPipeline": "aura_flow",
     "ConsistencyModelPipeline": "pixel",
     "DDIMPipeline": "pixel",

@@ -338,10 +338,15 @@ def build_projected_text(config: Config) -> Any:
 
 def build_unet(config: Config) -> Any:
     """A UNet of this config.json; with the frequencies of ``guidance_embedding`` if it knows the scale of guidance."""
-    import torch
     from diffusers import UNet2DConditionModel
 
-    unet = UNet2DConditionModel.from_config(dict(config))
+    return with_guidance(UNet2DConditionModel.from_config(dict(config)))
+
+
+def with_guidance(unet: Any) -> Any:
+    """The UNet with the frequencies of ``guidance_embedding``, if it knows the scale of guidance."""
+    import torch
+
     if unet.config.time_cond_proj_dim is not None:
         half = unet.config.time_cond_proj_dim // 2
         steps = torch.arange(half, dtype=torch.float32) * -(math.log(10000.0) / max(half - 1, 1))

@@ -18,7 +18,7 @@ import diffusers
 from exporter import checkpoint, ensemble
 from exporter.families import PIPELINES, SAME, Shape
 from runtimes import cascade
-from tests.families import small, small_cascades, small_flow, small_ldm, small_transformers
+from tests.families import small, small_cascades, small_flow, small_ldm, small_transformers, small_video
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 Make = Callable[[Path], Any]
@@ -30,6 +30,7 @@ WRITERS: tuple[Make, ...] = (
     small_transformers.pixart_alpha, small_transformers.pixart_sigma, small_transformers.sana,
     small_transformers.sana_sprint, small_transformers.aura_flow, small_transformers.lumina2,
     small_cascades.kandinsky, small_cascades.unclip, small_cascades.stable_cascade, small_ldm.ldm_text,
+    small_video.saved, small_video.saved_xl,
 )  # fmt: skip
 # Checkpoints of these hold those of another and what steers it.
 STEERED = {
@@ -42,6 +43,7 @@ HEAD = """# Families
 What the pipeline classes of diffusers {version} are to dexport. Of each that is exported a test builds a small
 checkpoint, of diffusers' own classes with random weights, for ONNX Runtime and OpenVINO, compares what the bundles draw
 with diffusers' own pipeline on the same noise, and compiles the denoisers for TensorRT. An engine has not been run yet.
+(`AnimateDiffSDXLPipeline` is compared in torch alone: its graphs are SDXL's and AnimateDiff's.)
 
 This page is written by `python -m tests.families.table`; a test holds it to the code and to the installed diffusers.
 
@@ -122,6 +124,8 @@ def tasks(make: Make, folder: Path) -> tuple[str, str]:
     main = cascade.main(stages)[0]
     asked = {tensor.name for stage in stages for tensor in specs[stage.denoiser].inputs}
     source = "text" if stages[0].text else "class" if stages[0].labels else "noise"
+    if stages[-1].fps is not None:
+        return read.pipeline, f"{source} to video"
     if "image" in asked:
         return read.pipeline, "larger pictures of small ones"
     if "mask" in asked:
