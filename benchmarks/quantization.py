@@ -44,7 +44,8 @@ from exporter.quantized import Quantization
 from runtimes.backends import openvino
 from runtimes.backends.onnxruntime import OnnxRuntimeSession
 from runtimes.manifest import Graph, Model
-from runtimes.pipeline import Pipeline, Request
+from runtimes.pipeline import Pipeline
+from runtimes.request import Request
 from runtimes.session import Session, require
 from runtimes.target import Target
 

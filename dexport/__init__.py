@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from runtimes.errors import DexportError, GateError, IntegrityError
     from runtimes.hints import Hint
     from runtimes.manifest import Guidance
-    from runtimes.pipeline import Pipeline, Request, Result
+    from runtimes.pipeline import Pipeline, Result
+    from runtimes.request import Request
     from runtimes.samplers.describe import describe as sampler
 
     load = Pipeline.load
@@ -75,7 +76,7 @@ _HOMES = {
     "OwnModel": "exporter.own:OwnModel",
     "Pipeline": "runtimes.pipeline:Pipeline",
     "Quantization": "exporter.quantized:Quantization",
-    "Request": "runtimes.pipeline:Request",
+    "Request": "runtimes.request:Request",
     "Result": "runtimes.pipeline:Result",
     "bench": "runtimes.bench:bench",
     "build": "exporter.build:build",

@@ -23,7 +23,8 @@ from runtimes.accuracy import BANDS, Agreement, compare, psnr, ssim
 from runtimes.accuracy import band as band_of
 from runtimes.errors import DexportError, GateError, Progress, silent
 from runtimes.manifest import Graph, Model
-from runtimes.pipeline import Pipeline, Request
+from runtimes.pipeline import Pipeline
+from runtimes.request import Request
 from runtimes.safetensors import write
 from runtimes.session import Session, run_batched
 

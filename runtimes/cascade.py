@@ -17,7 +17,7 @@ from runtimes.manifest import Graph, Model, Stage
 from runtimes.session import Array
 
 if TYPE_CHECKING:
-    from runtimes.pipeline import Request
+    from runtimes.request import Request
 
 Way = tuple[Stage, ...]
 NEGATIVE = "negative_"  # before the name of what is given, in a decoder's outputs: of the call with the negative prompt

@@ -10,7 +10,7 @@ from PIL import Image
 
 from runtimes import hints, subject
 from runtimes.manifest import Model
-from runtimes.pipeline import Request
+from runtimes.request import Request
 
 PROMPT = "a red apple"
 PATCHES = 8  # of colour along each side of a picture that is shown: what is smaller is the model's to invent

@@ -25,7 +25,7 @@ from runtimes.session import Array, Session, run_batched
 from runtimes.table import Row
 
 if TYPE_CHECKING:
-    from runtimes.pipeline import Request
+    from runtimes.request import Request
 
 ONLY = ""  # the name of a picture for a model that takes only one
 Inputs = dict[str, Array]

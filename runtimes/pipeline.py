@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache as memoize
 from itertools import islice
-from numbers import Real
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,51 +18,14 @@ from runtimes.errors import DexportError, Progress, silent
 from runtimes.image import to_array, to_images
 from runtimes.manifest import Manifest, Model, Stage
 from runtimes.prompts import Prompts
+from runtimes.request import Request, check, first_step, scale, strength
 from runtimes.session import Session, require, run_batched
 from runtimes.target import Target
 from runtimes.video import Video
 
 Array = NDArray[Any]
-Batching = Literal["batched", "sequential"]
 
-# Beyond these a request is a slip of the keyboard, and would end in a machine without memory instead of one line.
-MOST_IMAGES = 4096  # in one call
-LONGEST_SIDE = 16384  # pixels
-
-STRENGTH = 0.8
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to draw. None takes the checkpoint's default. Image i of the whole request uses seed + i.
-
-    A model takes prompts, or labels (its classes, by number or name), or neither.
-    """
-
-    prompts: Sequence[str] = ()
-    negative_prompt: str = ""
-    labels: int | str | Sequence[int | str] = ()
-    images: int = 1  # for each prompt or label
-    # Of the main stage, where there are several that start from noise; or of each by its name: {"prior": 25}.
-    steps: int | Mapping[str, int] | None = None
-    # Up to 1 the negative prompt is not used, and a step costs half. Several scales are spread over the steps. By name
-    # as the steps.
-    guidance: float | Sequence[float] | Mapping[str, float | Sequence[float]] | None = None
-    guidance_interval: tuple[float, float] = (0.0, 1.0)  # the part of the steps that is guided
-    guidance_rescale: float = 0.0  # 0 to 1: how far the contrast that guidance adds is taken back
-    seed: int = 0
-    sampler: str | None = None
-    size: tuple[int, int] | None = None  # height and width in pixels, where the bundle is of dynamic shape
-    # Start from this picture, made noisy by ``strength``; a model that is shown one (superresolution) goes by it.
-    image: Image.Image | None = None
-    mask: Image.Image | None = None  # paint only where it is white, and leave the rest of the picture as it is
-    # 0 to 1: the part of the steps that is made of a picture; if None, STRENGTH, or all of them with a mask
-    strength: float | None = None
-    fps: float | None = None  # of a video: frames that are shown in a second
-    # Pictures that steer, by the names that the model has for them; "" is the name where it takes but one.
-    hints: Mapping[str, Image.Image | hints.Hint] = field(default_factory=dict)
-    guidance_batch: Batching = "batched"  # with and without prompt in one call, or in two that need less memory
-    prompt_weights: bool = True  # whether brackets weigh words, as in (word:1.3); else they are text like any other
+LONGEST_SIDE = 16384  # pixels; beyond it is a slip of the keyboard
 
 
 @dataclass(frozen=True)
@@ -146,7 +108,7 @@ class Pipeline:
         ``noise``: draws of [B, C, h, w] standard normals, the start first; by default from the request's seeds. Of a
         model with several ways (runtimes.cascade) a source for each.
         """
-        request = self._checked(request)
+        check(self.model, request)
         ways, count = cascade.ways(self.model.stages), subject.count(request)
         requests = [cascade.requests(request, way) for way in ways]
         runs = [[self._runs(one, way) for one in each] for way, each in zip(ways, requests, strict=True)]
@@ -175,7 +137,7 @@ class Pipeline:
             raise DexportError(f"the start noise has shape {list(start.shape)}, not {list(shape)}")
         begun = self._begun(request) if runs[0][0] in cascade.main(self.model.stages) else None
         mask = None if begun is None else self._kept_mask(request)
-        of_picture = request.mask is None or self._strength(request) < 1  # else only what the mask leaves is
+        of_picture = request.mask is None or strength(self.model, request) < 1  # else only what the mask leaves is
         if begun is not None and (of_picture or mask is not None):
             (stage, table), *others = runs
             signal, noisy = table.mix
@@ -213,7 +175,7 @@ class Pipeline:
         for stage in way:
             steps = cascade.setting(self.model.stages, way, request.steps) or stage.steps
             config = samplers.pick(stage.scheduler, request.sampler if asked else None, image=begun)
-            begin = self._first_step(request, steps) if begun else 0
+            begin = first_step(self.model, request, steps) if begun else 0
             if begin >= stage.span[1] * steps:
                 continue
             stages.append(stage)
@@ -224,7 +186,7 @@ class Pipeline:
             rows = inpaint.keep(rows)
         rows = hints.plan(rows, self.model, request)
         interval = request.guidance_interval if asked else (0.0, 1.0)
-        planned = guidance.plan(samplers.Table(rows, 1.0), self._scale(request, way), interval)
+        planned = guidance.plan(samplers.Table(rows, 1.0), scale(self.model, request, way), interval)
         guided = iter(planned.rows)
         return [
             (stage, replace(table, rows=tuple(islice(guided, len(table.rows)))))
@@ -278,63 +240,6 @@ class Pipeline:
         if not cascade.is_free(self.model, stage):
             return stage.sample
         return (*stage.sample[:-2], size[0] // stage.factor, size[1] // stage.factor)
-
-    def _checked(self, request: Request) -> Request:
-        subject.check(self.model, request)
-        hints.chosen(self.model, request)
-        if request.images < 1:
-            raise DexportError(f"images must be 1 or more, not {request.images}")
-        for what, asked in (("steps", request.steps), ("guidance", request.guidance)):
-            cascade.check_names(self.model.stages, what, asked)
-        for steps in request.steps.values() if isinstance(request.steps, Mapping) else [request.steps]:
-            if steps is not None and steps < 1:
-                raise DexportError(f"steps must be 1 or more, not {steps}")
-        if request.seed < 0:
-            raise DexportError(f"a seed must be 0 or more, not {request.seed}")
-        strength: Any = self._strength(request)
-        rescale: Any = request.guidance_rescale
-        for name, value in (("guidance_rescale", rescale), ("strength", strength)):
-            if not isinstance(value, Real):
-                raise DexportError(f"{name} must be a number, not {value!r:.80}")
-        if request.image is not None and not isinstance(request.image, Image.Image):
-            raise DexportError(f"image must be a picture (PIL.Image.open gives one), not {request.image!r:.80}")
-        if request.mask is not None and not isinstance(request.mask, Image.Image):
-            raise DexportError(f"mask must be a picture (PIL.Image.open gives one), not {request.mask!r:.80}")
-        if request.mask is not None and request.image is None:
-            raise DexportError("a mask says where a picture may change; give --image too, or leave it out")
-        if not 0 <= rescale <= 1:
-            raise DexportError(f"guidance_rescale must be a number from 0 to 1, not {rescale}")
-        if not 0 < strength <= 1:
-            raise DexportError(f"strength must be above 0 and at most 1, not {strength}")
-        if request.strength is not None and request.image is None:
-            raise DexportError("strength is how much of a picture may change; give --image too, or leave it out")
-        if (count := subject.count(request)) > MOST_IMAGES:
-            raise DexportError(f"{count} images are too many for one call; ask for {MOST_IMAGES} at most")
-        for way in cascade.ways(self.model.stages):
-            if way[0].guidance.kind == "none" and (guidance.numbers(self._scale(request, way)) > 1).any():
-                raise DexportError("this model was made to draw without guidance; leave it out")
-        video.check_request(self.model.stages[-1], request)
-        if request.guidance_batch not in ("batched", "sequential"):
-            raise DexportError(f"guidance_batch is 'batched' or 'sequential', not {request.guidance_batch!r}")
-        return request
-
-    def _scale(self, request: Request, way: cascade.Way) -> float | Sequence[float]:
-        asked: float | Sequence[float] | None = cascade.setting(self.model.stages, way, request.guidance)
-        return way[0].guidance.scale if asked is None else asked
-
-    def _strength(self, request: Request) -> float:
-        if request.strength is not None:
-            return request.strength
-        own = self._main.strength
-        return 1.0 if request.mask is not None else STRENGTH if own is None else own
-
-    def _first_step(self, request: Request, steps: int) -> int:
-        """The step that a picture starts at, as in diffusers: int(strength * steps) steps are made."""
-        strength = float(self._strength(request))
-        made = min(int(steps * strength), steps)
-        if not made:
-            raise DexportError(f"a strength of {strength:g} leaves none of {steps} steps; raise one of them")
-        return steps - made
 
     def _pixels(self, request: Request) -> tuple[int, int]:
         """Height and width of the images."""
@@ -433,7 +338,7 @@ class Pipeline:
         steps = {
             way[0].name: cascade.setting(stages, way, request.steps) or way[0].steps for way in cascade.ways(stages)
         }
-        scales = {way[0].name: _plain(self._scale(request, way)) for way in cascade.ways(stages)}
+        scales = {way[0].name: _plain(scale(self.model, request, way)) for way in cascade.ways(stages)}
         settings: dict[str, Any] = {
             **subject.settings(self.model, request, index),
             **({"negative_prompt": request.negative_prompt} if request.prompts else {}),
@@ -447,7 +352,7 @@ class Pipeline:
             if (value := _plain(getattr(request, name))) != default:
                 settings[name] = value
         if self._begun(request) is not None:
-            settings["strength"] = _plain(self._strength(request))
+            settings["strength"] = _plain(strength(self.model, request))
         settings |= hints.settings(self.model, request)
         if self.manifest is not None:
             settings |= {"target": self.manifest.target, "precision": self.manifest.precision}

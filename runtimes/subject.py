@@ -15,7 +15,7 @@ from runtimes.manifest import Graph, Labels, Model, Stage
 from runtimes.session import Array
 
 if TYPE_CHECKING:
-    from runtimes.pipeline import Request
+    from runtimes.request import Request
 
 SHOWN = 5  # names in an error
 

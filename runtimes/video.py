@@ -23,7 +23,7 @@ from runtimes.image import grid, png_info, save_png
 from runtimes.manifest import Stage
 
 if TYPE_CHECKING:
-    from runtimes.pipeline import Request
+    from runtimes.request import Request
 
 SUFFIXES = (".gif", ".png", ".mp4")
 SLOWEST, FASTEST = 0.1, 240.0  # frames a second that can be asked for

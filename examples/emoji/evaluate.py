@@ -97,7 +97,8 @@ def open_checkpoint(folder: Path, steps: int, guidance: float) -> Model:
 
 def open_bundle(folder: Path, steps: int, guidance: float) -> Model:
     """A bundle as a device runs it."""
-    from runtimes.pipeline import Pipeline, Request
+    from runtimes.pipeline import Pipeline
+    from runtimes.request import Request
 
     pipeline = Pipeline.load(folder)
 

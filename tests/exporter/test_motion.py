@@ -20,7 +20,8 @@ from exporter.gate import TorchSession
 from runtimes.check import check_model
 from runtimes.errors import DexportError
 from runtimes.manifest import Graph, Model
-from runtimes.pipeline import Pipeline, Request
+from runtimes.pipeline import Pipeline
+from runtimes.request import Request
 from tests.families import small
 from tests.families.harness import draw, same_noise
 from tests.families.small_video import LONGEST, adapter, animatediff

@@ -30,7 +30,8 @@ from runtimes import bundle
 from runtimes.accuracy import BANDS
 from runtimes.errors import DexportError, GateError
 from runtimes.manifest import Model
-from runtimes.pipeline import Pipeline, Request
+from runtimes.pipeline import Pipeline
+from runtimes.request import Request
 from runtimes.target import Target
 
 EMOJI = Path(__file__).parents[2] / "examples/emoji/model"

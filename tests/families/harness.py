@@ -25,7 +25,8 @@ from PIL import Image
 from exporter.build import build
 from exporter.ensemble import HANDOVER, Origin
 from runtimes import cascade, subject
-from runtimes.pipeline import Pipeline, Request
+from runtimes.pipeline import Pipeline
+from runtimes.request import Request
 
 Array = NDArray[Any]
 SEED = 11

@@ -18,7 +18,7 @@ from runtimes.accuracy import psnr
 from runtimes.errors import DexportError
 from runtimes.image import read_settings
 from runtimes.manifest import Labels
-from runtimes.pipeline import Request
+from runtimes.request import Request
 from tests.dexport.conftest import Say
 from tests.families.harness import Built, ours, theirs
 from tests.families.small import NAMES

@@ -13,7 +13,7 @@ from exporter.inspect import inspect
 from runtimes.accuracy import psnr
 from runtimes.bench import bench
 from runtimes.bundle import verify
-from runtimes.pipeline import Request
+from runtimes.request import Request
 from runtimes.session import backend
 from runtimes.target import Target
 from tests.families import small_flow

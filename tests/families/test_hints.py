@@ -35,7 +35,8 @@ from runtimes.bundle import verify
 from runtimes.errors import DexportError
 from runtimes.hints import Hint
 from runtimes.image import read_settings
-from runtimes.pipeline import Pipeline, Request
+from runtimes.pipeline import Pipeline
+from runtimes.request import Request
 from runtimes.session import backend
 from runtimes.target import Target
 from tests.dexport.conftest import Say

@@ -19,7 +19,8 @@ from exporter.compile import compile_graph
 from runtimes.accuracy import psnr
 from runtimes.errors import DexportError
 from runtimes.image import read_settings, to_images
-from runtimes.pipeline import Pipeline, Request
+from runtimes.pipeline import Pipeline
+from runtimes.request import Request
 from runtimes.session import backend
 from runtimes.target import Target
 from tests.dexport.conftest import Say

@@ -24,7 +24,8 @@ from exporter.own import OwnModel
 from runtimes.accuracy import psnr
 from runtimes.errors import DexportError
 from runtimes.manifest import Guidance
-from runtimes.pipeline import Pipeline, Request
+from runtimes.pipeline import Pipeline
+from runtimes.request import Request
 from tests.families.harness import draw, draws
 
 ROOT = Path(__file__).resolve().parents[2]

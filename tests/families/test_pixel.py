@@ -22,7 +22,7 @@ from runtimes.accuracy import psnr
 from runtimes.backends.tensorrt import flavour
 from runtimes.errors import DexportError
 from runtimes.image import read_settings
-from runtimes.pipeline import Request
+from runtimes.request import Request
 from runtimes.target import Target
 from tests.dexport.conftest import Say
 from tests.families.harness import Built, ours, theirs

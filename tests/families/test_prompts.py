@@ -21,8 +21,9 @@ from runtimes.accuracy import psnr
 from runtimes.backends import onnxruntime
 from runtimes.bundle import verify
 from runtimes.errors import DexportError
-from runtimes.pipeline import Pipeline, Request
+from runtimes.pipeline import Pipeline
 from runtimes.prompts import Piece, parse
+from runtimes.request import Request
 from runtimes.session import backend
 from runtimes.target import Target
 from tests.families.harness import Built, build_all, draw, same_noise

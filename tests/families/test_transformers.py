@@ -21,7 +21,8 @@ from runtimes import guidance, timetable
 from runtimes.errors import DexportError
 from runtimes.image import to_array
 from runtimes.manifest import Graph, Model, Tokenizer
-from runtimes.pipeline import Pipeline, Request
+from runtimes.pipeline import Pipeline
+from runtimes.request import Request
 from runtimes.session import require
 from tests.families import small_transformers as small
 from tests.families.harness import picture

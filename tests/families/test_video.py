@@ -19,7 +19,7 @@ from runtimes.accuracy import psnr
 from runtimes.bench import bench
 from runtimes.bundle import verify
 from runtimes.errors import DexportError
-from runtimes.pipeline import Request
+from runtimes.request import Request
 from runtimes.session import backend
 from runtimes.target import Target
 from tests.families.harness import Array, Built, build_all, draw, same_noise

@@ -15,7 +15,8 @@ from runtimes.check import check_model
 from runtimes.errors import DexportError
 from runtimes.loop import noise_source
 from runtimes.manifest import Graph, Guidance, Model, Stage, Tensor, Tokenizer, from_json, to_json
-from runtimes.pipeline import Pipeline, Request
+from runtimes.pipeline import Pipeline
+from runtimes.request import Request
 from tests.tiny import write_words
 
 EULER = {"_class_name": "EulerDiscreteScheduler", "beta_schedule": "scaled_linear", "steps_offset": 1}

@@ -17,7 +17,8 @@ from runtimes.errors import DexportError
 from runtimes.hints import Hint
 from runtimes.image import to_array
 from runtimes.manifest import Graph, HintInput, Model, Tensor, from_json, to_json
-from runtimes.pipeline import Pipeline, Request
+from runtimes.pipeline import Pipeline
+from runtimes.request import Request
 from tests.runtimes import test_stages as stages
 from tests.tiny import write_words
 

@@ -19,7 +19,8 @@ from exporter import gate, hub
 from runtimes.errors import DexportError
 from runtimes.image import to_array
 from runtimes.loop import noise_source
-from runtimes.pipeline import Pipeline, Request
+from runtimes.pipeline import Pipeline
+from runtimes.request import Request
 
 # torch's arrays and numpy's newest differ on this inside of diffusers.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")

@@ -13,7 +13,8 @@ import pytest
 
 from runtimes.errors import DexportError
 from runtimes.manifest import Graph, Guidance, Model, Stage, Tensor, Tokenizer
-from runtimes.pipeline import Pipeline, Request
+from runtimes.pipeline import Pipeline
+from runtimes.request import Request
 from runtimes.session import run_batched
 from tests.tiny import write_words
 

@@ -1,0 +1,127 @@
+"""What is asked of a pipeline, and whether a model can do it: before anything is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any, Literal
+
+from PIL import Image
+
+from runtimes import cascade, guidance, hints, subject, video
+from runtimes.errors import DexportError
+from runtimes.manifest import Model
+
+Batching = Literal["batched", "sequential"]
+
+# Beyond this a request is a slip of the keyboard, and would end in a machine without memory instead of one line.
+MOST_IMAGES = 4096  # in one call
+STRENGTH = 0.8
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to draw. None takes the checkpoint's default. Image i of the whole request uses seed + i.
+
+    A model takes prompts, or labels (its classes, by number or name), or neither.
+    """
+
+    prompts: Sequence[str] = ()
+    negative_prompt: str = ""
+    labels: int | str | Sequence[int | str] = ()
+    images: int = 1  # for each prompt or label
+    # Of the main stage, where there are several that start from noise; or of each by its name: {"prior": 25}.
+    steps: int | Mapping[str, int] | None = None
+    # Up to 1 the negative prompt is not used, and a step costs half. Several scales are spread over the steps. By name
+    # as the steps.
+    guidance: float | Sequence[float] | Mapping[str, float | Sequence[float]] | None = None
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # the part of the steps that is guided
+    guidance_rescale: float = 0.0  # 0 to 1: how far the contrast that guidance adds is taken back
+    seed: int = 0
+    sampler: str | None = None
+    size: tuple[int, int] | None = None  # height and width in pixels, where the bundle is of dynamic shape
+    # Start from this picture, made noisy by ``strength``; a model that is shown one (superresolution) goes by it.
+    image: Image.Image | None = None
+    mask: Image.Image | None = None  # paint only where it is white, and leave the rest of the picture as it is
+    # 0 to 1: the part of the steps that is made of a picture; if None, STRENGTH, or all of them with a mask
+    strength: float | None = None
+    fps: float | None = None  # of a video: frames that are shown in a second
+    # Pictures that steer, by the names that the model has for them; "" is the name where it takes but one.
+    hints: Mapping[str, Image.Image | hints.Hint] = field(default_factory=dict)
+    guidance_batch: Batching = "batched"  # with and without prompt in one call, or in two that need less memory
+    prompt_weights: bool = True  # whether brackets weigh words, as in (word:1.3); else they are text like any other
+
+
+def check(model: Model, request: Request) -> None:
+    """Raise DexportError for what the model does not take, for what it needs, and for what makes no sense."""
+    subject.check(model, request)
+    hints.chosen(model, request)
+    if request.images < 1:
+        raise DexportError(f"images must be 1 or more, not {request.images}")
+    if (count := subject.count(request)) > MOST_IMAGES:
+        raise DexportError(f"{count} images are too many for one call; ask for {MOST_IMAGES} at most")
+    for what, asked in (("steps", request.steps), ("guidance", request.guidance)):
+        cascade.check_names(model.stages, what, asked)
+    for steps in request.steps.values() if isinstance(request.steps, Mapping) else [request.steps]:
+        if steps is not None and steps < 1:
+            raise DexportError(f"steps must be 1 or more, not {steps}")
+    if request.seed < 0:
+        raise DexportError(f"a seed must be 0 or more, not {request.seed}")
+    _check_picture(model, request)
+    _check_guidance(model, request)
+    video.check_request(model.stages[-1], request)
+
+
+def _check_picture(model: Model, request: Request) -> None:
+    """What is said of a picture to start from."""
+    for name, picture in (("image", request.image), ("mask", request.mask)):
+        if picture is not None and not isinstance(picture, Image.Image):
+            raise DexportError(f"{name} must be a picture (PIL.Image.open gives one), not {picture!r:.80}")
+    if request.mask is not None and request.image is None:
+        raise DexportError("a mask says where a picture may change; give --image too, or leave it out")
+    share = _number("strength", strength(model, request))
+    if not 0 < share <= 1:
+        raise DexportError(f"strength must be above 0 and at most 1, not {share}")
+    if request.strength is not None and request.image is None:
+        raise DexportError("strength is how much of a picture may change; give --image too, or leave it out")
+
+
+def _check_guidance(model: Model, request: Request) -> None:
+    rescale = _number("guidance_rescale", request.guidance_rescale)
+    if not 0 <= rescale <= 1:
+        raise DexportError(f"guidance_rescale must be a number from 0 to 1, not {rescale}")
+    for way in cascade.ways(model.stages):
+        if way[0].guidance.kind == "none" and (guidance.numbers(scale(model, request, way)) > 1).any():
+            raise DexportError("this model was made to draw without guidance; leave it out")
+    if request.guidance_batch not in ("batched", "sequential"):
+        raise DexportError(f"guidance_batch is 'batched' or 'sequential', not {request.guidance_batch!r}")
+
+
+def _number(name: str, value: Any) -> float:
+    if not isinstance(value, Real):
+        raise DexportError(f"{name} must be a number, not {value!r:.80}")
+    return float(value)
+
+
+def scale(model: Model, request: Request, way: cascade.Way) -> float | Sequence[float]:
+    """A way's scale of guidance, or several that are spread over its steps."""
+    asked: float | Sequence[float] | None = cascade.setting(model.stages, way, request.guidance)
+    return way[0].guidance.scale if asked is None else asked
+
+
+def strength(model: Model, request: Request) -> float:
+    """The part of the steps that is made of a picture."""
+    if request.strength is not None:
+        return request.strength
+    own = cascade.main(model.stages)[0].strength
+    return 1.0 if request.mask is not None else STRENGTH if own is None else own
+
+
+def first_step(model: Model, request: Request, steps: int) -> int:
+    """The step that a picture starts at, as in diffusers: int(strength * steps) steps are made."""
+    share = float(strength(model, request))
+    made = min(int(steps * share), steps)
+    if not made:
+        raise DexportError(f"a strength of {share:g} leaves none of {steps} steps; raise one of them")
+    return steps - made
