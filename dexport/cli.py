@@ -20,6 +20,7 @@ from dexport.options import (
     origin_options,
     overwrite_option,
     picture_options,
+    prior_option,
     prompts_option,
     quantization_options,
     threads_option,
@@ -405,8 +406,9 @@ def bench(bundle: Path, repeats: int, images: int, threads: int | None, as_json:
 @main.command()
 @click.argument("path", type=FOLDER)
 @config_option
+@prior_option
 @json_option
-def inspect(path: Path, config: str | None, as_json: bool) -> None:
+def inspect(path: Path, config: str | None, prior: Path | None, as_json: bool) -> None:
     """Describe a checkpoint, hub or bundle.
 
     What PATH holds, its sizes, tensors and parameters. Loads no weights and checks no hashes.
@@ -416,7 +418,7 @@ def inspect(path: Path, config: str | None, as_json: bool) -> None:
       dexport inspect bundle --json
     """
     with console.working():
-        found = dexport.inspect(path, config=config)
+        found = dexport.inspect(path, config=config, prior=prior)
     if as_json:
         console.print_json(found)
     else:

@@ -34,12 +34,25 @@ def _terminate(number: int, frame: Any) -> NoReturn:
     raise Stopped(128 + number)
 
 
+def _stop_anyway(unraisable: Any) -> None:
+    """A stop that fell into a destructor, which Python reports and goes on: asked for once more, outside of it."""
+    if isinstance(unraisable.exc_value, Stopped):
+        number = int(unraisable.exc_value.code or 0) - 128
+        signal.signal(number, _terminate)
+        os.kill(os.getpid(), number)
+    elif isinstance(unraisable.exc_value, KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
 def _catch_signals() -> None:
     """Let a stop from outside (a CI job cancelled, a terminal closed) clean up; what nohup ignores stays ignored."""
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _terminate)
+    sys.unraisablehook = _stop_anyway
 
 
 class Face(click.Group):
@@ -199,11 +212,11 @@ class ByStage(click.ParamType):  # type: ignore[type-arg]  # generic only in lat
 
     @staticmethod
     def together(ctx: click.Context, param: click.Parameter, values: tuple[tuple[str, Any], ...]) -> Any:
-        """None for nothing given, one value without a name, or values by stage."""
+        """None for nothing given, one value without a name, or values by stage, "" for the main one."""
         found = dict(values)
-        if len(found) < len(values) or (len(found) > 1 and "" in found):
+        if len(found) < len(values):
             raise click.BadParameter("give it once, or once for each stage, like prior=10", ctx, param)
-        return found.get("", found or None)
+        return found[""] if set(found) == {""} else found or None
 
 
 class TargetName(click.ParamType):  # type: ignore[type-arg]  # generic only in later clicks

@@ -67,6 +67,10 @@ def _origin(
     )  # fmt: skip
 
 
+prior_option = click.option(
+    "--prior", type=FOLDER, help="The prior of a checkpoint that is a decoder alone, like Kandinsky 2.2's."
+)
+
 origin_options = together(
     "origin", _origin,
     click.argument("checkpoint", type=FOLDER),
@@ -86,9 +90,7 @@ origin_options = together(
     click.option(
         "--refiner", type=FOLDER, help="A second checkpoint, which goes on with what the first one draws, like SDXL's."
     ),
-    click.option(
-        "--prior", type=FOLDER, help="The prior of a checkpoint that is a decoder alone, like Kandinsky 2.2's."
-    ),
+    prior_option,
     click.option(
         "--decoder", type=FOLDER, help="A consistency decoder, which draws the pictures in place of the autoencoder's."
     ),

@@ -110,7 +110,9 @@ def _own(checkpoint: Checkpoint) -> list[Named]:
 def _check_names(every: Sequence[Named], taken: set[str]) -> None:
     for named in every:
         if named.name in taken:
-            raise DexportError(f"{named.path}: the name {named.name!r} is taken; give another, like canny={named.path}")
+            raise DexportError(
+                f"{named.path}: the name {named.name!r} is taken; give another, like {named.name}_2={named.path}"
+            )
         taken.add(named.name)
 
 

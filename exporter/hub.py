@@ -158,7 +158,11 @@ def _only(stage: Stage, made: Collection[str]) -> Stage:
         return name if name in made else None
 
     hints = tuple(hint for hint in stage.hints if hint.graph is None or hint.graph in made)
-    return replace(stage, text=kept(stage.text), decoder=kept(stage.decoder), encoder=kept(stage.encoder), hints=hints)
+    states = stage.states if stage.text in made else ()
+    return replace(
+        stage, text=kept(stage.text), decoder=kept(stage.decoder), encoder=kept(stage.encoder), hints=hints,
+        states=states,
+    )  # fmt: skip
 
 
 def _within(progress: Progress, start: float, part: float) -> Progress:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from exporter import trace
@@ -24,6 +26,7 @@ from exporter.families import Shape, Spec, Tokens, pixel
 from exporter.stored import MEMORY, Held
 from exporter.trace import BATCH
 from runtimes import samplers
+from runtimes.check import ASKED
 from runtimes.errors import DexportError
 from runtimes.manifest import File, Guidance, Kind, Labels, Stage, Tensor
 
@@ -95,8 +98,9 @@ class OwnCheckpoint(Checkpoint):
         return True
 
     def source(self) -> tuple[File, ...]:
-        """The size and the sha256 of each module's weights, in the order of their names."""
-        return tuple(_file(component) for component in self.components.values())
+        """The size and the sha256 of each module's weights and buffers, in the order of their names."""
+        assert self.own is not None
+        return tuple(_file(name, module) for name, module in self.own.modules.items())
 
 
 def read(model: OwnModel) -> OwnCheckpoint:
@@ -106,10 +110,10 @@ def read(model: OwnModel) -> OwnCheckpoint:
     """
     own = Own(model)
     components = {name: _component(name, module) for name, module in own.modules.items()}
-    for component in components.values():
-        for entry in component.entries.values():
+    for name, module in own.modules.items():
+        for entry in _held(module).values():
             if not entry.finite():
-                raise DexportError(f"{MEMORY}: {component.name}: {entry.name!r} holds NaN or infinity")
+                raise DexportError(f"{MEMORY}: {name}: {entry.name!r} holds NaN or infinity")
     words = {} if model.tokenizer is None else {"tokenizer": TokenizerFiles(TOKENIZER, Path(model.tokenizer))}
     return OwnCheckpoint(MEMORY, PIPELINE, components, _scheduler(model), words, {}, own=own)
 
@@ -125,12 +129,15 @@ class Own:
         sample: Any = model.sample
         if not (isinstance(sample, Sequence) and len(sample) == 3 and all(type(n) is int and n > 0 for n in sample)):
             raise DexportError(f"sample must be (channels, height, width), not {sample!r:.60}")
+        for name, value in (("steps", model.steps), ("length", model.length), ("multiple", model.multiple)):
+            if type(value) is not int or value < 1:
+                raise DexportError(f"{name} must be a whole number from 1, not {value!r:.60}")
         self.model = model
         self.sample: tuple[int, int, int] = (sample[0], sample[1], sample[2])
         self.modules = _modules(model)
         self.labels = _labels(model)
         self.guidance = _guidance(model, self.labels)
-        self.further = {name: np.asarray(value) for name, value in model.inputs.items()}
+        self.further = _constants(model.inputs)
 
     @cached_property
     def factor(self) -> int:
@@ -261,6 +268,21 @@ class Own:
         return {name: lambda: _without_weights(self.modules[name])}
 
 
+def _constants(inputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+    """The values that further inputs always have."""
+    found = {}
+    for name, value in dict(inputs).items():
+        if name in ASKED or name in ("sample", "timestep"):
+            raise DexportError(f"inputs: {name!r} is filled by the request; leave it out")
+        try:
+            found[name] = np.asarray(value)
+        except ValueError:  # lists of different lengths
+            found[name] = np.zeros(0, object)
+        if found[name].dtype.kind not in "biuf" or not np.isfinite(found[name]).all():
+            raise DexportError(f"inputs: {name!r} must be numbers or lists of them, not {value!r:.60}")
+    return found
+
+
 def _modules(model: OwnModel) -> dict[str, torch.nn.Module]:
     """The modules that there are, by the graph that each becomes."""
     found = {name: getattr(model, name) for name in ("text", "denoiser", "decoder", "encoder")}
@@ -278,13 +300,18 @@ def _encode(modules: Any, tokens: Any) -> Any:
 
 def _labels(model: OwnModel) -> Labels | None:
     """The classes, with the names that they were given."""
-    names: Sequence[str] = () if isinstance(model.labels, int) else list(model.labels)
-    count = model.labels if isinstance(model.labels, int) else len(names)
-    if not count and model.null_label is None:
+    asked, null = model.labels, model.null_label
+    names = list(asked) if isinstance(asked, list | tuple) else []
+    count = len(names) or (asked if type(asked) is int else -1)
+    if not count and null is None:
         return None
-    if count < 1 or not all(str(name).isprintable() for name in names):
-        raise DexportError(f"labels must say how many classes there are, or name them, not {model.labels!r:.60}")
-    return Labels(count, model.null_label, {str(number): name for number, name in enumerate(names)})
+    if count < 1 or not all(isinstance(name, str) and name.isprintable() for name in names):
+        raise DexportError(f"labels must say how many classes there are, or list their names, not {asked!r:.60}")
+    if len({name.strip().lower() for name in names}) < len(names):
+        raise DexportError("labels: two classes have the same name; give each its own")
+    if null is not None and (type(null) is not int or null < 0):
+        raise DexportError(f"null_label must be the number that stands for no class, not {null!r:.60}")
+    return Labels(count, null, {str(number): name for number, name in enumerate(names)})
 
 
 def _guidance(model: OwnModel, labels: Labels | None) -> Guidance:
@@ -292,7 +319,10 @@ def _guidance(model: OwnModel, labels: Labels | None) -> Guidance:
     if isinstance(model.guidance, Guidance):
         given = model.guidance
     else:
-        given = Guidance("cfg" if model.guidance > 1 else "none", float(model.guidance))
+        scale: Any = model.guidance
+        if type(scale) not in (int, float) or not math.isfinite(scale):
+            raise DexportError(f"guidance must be a number, or a dexport.Guidance, not {scale!r:.60}")
+        given = Guidance("cfg" if scale > 1 else "none", float(scale))
     if given.kind == "cfg" and model.text is None and (labels is None or labels.null is None):
         raise DexportError("guidance needs something to steer away from: give null_label, or leave guidance out")
     return given
@@ -304,22 +334,29 @@ def _scheduler(model: OwnModel) -> dict[str, Any]:
     if len(given) != 1:
         raise DexportError("give one of betas, alphas_cumprod and scheduler: the noise that the model was trained with")
     if model.scheduler is not None:
+        if not isinstance(model.scheduler, Mapping):
+            raise DexportError(
+                f"scheduler must be a config, like a diffusers scheduler's .config, not {model.scheduler!r:.60}"
+            )
         config = dict(model.scheduler)
         if model.prediction is not None:
             config["prediction_type"] = model.prediction
         return samplers.choose(config, model.sampler)
-    values = np.asarray(given[0], np.float64)
+    try:
+        values = np.asarray(given[0], np.float64)
+    except (TypeError, ValueError):
+        values = np.zeros(0)
     if values.ndim != 1 or not values.size:
         raise DexportError("betas and alphas_cumprod are lists of numbers, one for each step of the training")
     if not ((values > 0) & (values < 1)).all() or (model.betas is None and (np.diff(values) >= 0).any()):
         raise DexportError("betas must lie between 0 and 1, and alphas_cumprod fall from almost 1 to almost 0")
     betas = values if model.betas is not None else 1 - values / np.concatenate([[1.0], values[:-1]])
-    name, options = samplers.find(model.sampler or SAMPLER)
+    name, options = samplers.find(SAMPLER)
     config = {
         "_class_name": name, **options, "num_train_timesteps": len(betas), "trained_betas": betas.tolist(),
         "prediction_type": model.prediction or "epsilon", "clip_sample": False,  # latents go beyond 1
     }  # fmt: skip
-    return samplers.choose(config, None)
+    return samplers.choose(config, model.sampler)
 
 
 def _without_weights(module: torch.nn.Module) -> torch.nn.Module:
@@ -362,14 +399,19 @@ def _component(name: str, module: torch.nn.Module) -> Component:
     return Component(name, type(module).__name__, MEMORY, {}, entries)
 
 
-def _file(component: Component) -> File:
-    """A module's weights as one file of the source: there is none on a disk."""
+def _held(module: torch.nn.Module) -> dict[str, Held]:
+    """All that a module holds: its weights, and its buffers, such as the statistics of a norm."""
+    return {name: Held(name, value) for name, value in (*module.named_parameters(), *module.named_buffers())}
+
+
+def _file(name: str, module: torch.nn.Module) -> File:
+    """What a module holds as one file of the source: there is none on a disk."""
     digest, size = hashlib.sha256(), 0
-    for name, entry in sorted(component.entries.items()):
-        digest.update(f"{name} {entry.dtype} {entry.shape}\n".encode())
+    for key, entry in sorted(_held(module).items()):
+        digest.update(f"{key} {entry.dtype} {entry.shape}\n".encode())
         digest.update(np.ascontiguousarray(entry.load()).tobytes())
         size += entry.size
-    return File(component.name, size, digest.hexdigest())
+    return File(name, size, digest.hexdigest())
 
 
 def _first_line(error: Exception) -> str:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Way = tuple[Stage, ...]
 NEGATIVE = "negative_"  # before the name of what is given, in a decoder's outputs: of the call with the negative prompt
+MAIN = ""  # the main way, among settings by name
 APART = 2**64  # between the seeds of two ways, beyond all seeds that a user gives
 
 
@@ -53,9 +54,9 @@ def main(stages: Sequence[Stage]) -> Way:
 
 
 def setting(stages: Sequence[Stage], way: Way, asked: Any) -> Any:
-    """What a request asks of a way, or None: the value of its name, and of the main way a value without names."""
+    """What a request asks of a way, or None: the value of its name; of the main way also one without a name."""
     if isinstance(asked, Mapping):
-        return asked.get(way[0].name)
+        return asked.get(way[0].name, asked.get(MAIN) if way == main(stages) else None)
     return asked if way == main(stages) else None
 
 
@@ -63,7 +64,7 @@ def check_names(stages: Sequence[Stage], what: str, asked: Any) -> None:
     """Raise DexportError where a setting names what is no way of the model."""
     names = [way[0].name for way in ways(stages)]
     for name in asked if isinstance(asked, Mapping) else ():
-        if name not in names:
+        if name not in (*names, MAIN):
             raise DexportError(f"{what}: there is no stage {name!r:.60}; there is {' and '.join(names)}")
 
 

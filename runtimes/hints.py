@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,8 @@ def chosen(model: Model, request: Request) -> dict[str, Hint]:
     if given and not wanted:
         raise DexportError("this model takes no pictures as hints: leave --hint out")
     if ONLY in given and len(wanted) == 1:
+        if wanted[0] in given:
+            raise DexportError(f"there are two pictures for the hint {wanted[0]}; give one")
         given[wanted[0]] = given.pop(ONLY)
     if ONLY in given:
         raise DexportError(
@@ -82,23 +84,26 @@ def _checked(name: str, given: Any) -> Hint:
     return hint
 
 
-def plan(rows: Iterable[Row], model: Model, request: Request) -> tuple[Row, ...]:
-    """The rows of a whole way to a picture with the scale of each hint: 0 for calls that are not wholly in its part."""
+def plan(rows: Iterable[Row], model: Model, request: Request, steered: Sequence[bool] = ()) -> tuple[Row, ...]:
+    """The rows of a whole way to a picture with the scale of each hint: 0 for calls that are not wholly in its part.
+
+    steered: for each row, whether its stage takes hints; all do if it is empty. The parts are of the calls that do.
+    """
     rows, given = tuple(rows), chosen(model, request)
     if not given:
         return rows
-    calls = [index for index, row in enumerate(rows) if row.calls]
+    calls = [index for index, row in enumerate(rows) if row.calls and (not steered or steered[index])]
     scales = np.zeros((len(rows), len(given)))
     for column, (own, hint) in enumerate(zip(taken(model), given.values(), strict=True)):
         # Rounded, since a share of a whole number of calls may fall just beside it: 0.58 of 50.
         start, end = (round(float(share) * len(calls), 9) for share in hint.interval)
-        steered = calls[math.ceil(start) : math.floor(end)]
-        if not steered:
+        held = calls[math.ceil(start) : math.floor(end)]
+        if not held:
             raise DexportError(
                 f"hint {own.name}: its interval, {hint.interval[0]:g} to {hint.interval[1]:g}, holds none of "
                 f"{len(calls)} calls whole; widen it"
             )
-        scales[steered, column] = own.default if hint.scale is None else hint.scale
+        scales[held, column] = own.default if hint.scale is None else hint.scale
     return tuple(dataclasses.replace(row, hints=tuple(own)) for row, own in zip(rows, scales.tolist(), strict=True))
 
 

@@ -80,16 +80,17 @@ class Pipeline:
 
     def __call__(self, prompt: str | Sequence[str] = (), *, progress: Progress = silent, **settings: Any) -> Result:
         """Draw; ``settings`` are the fields of ``Request``."""
-        request = Request([prompt] if isinstance(prompt, str) else list(prompt), **settings)
+        given: Any = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(given, Sequence) or not all(isinstance(one, str) for one in given):
+            raise DexportError(f"a prompt must be a text, or a list of them, not {prompt!r:.80}")
+        request = Request(list(given), **settings)
         if self._main.strength is not None and request.image is None:
             raise DexportError("this model reworks pictures and draws none from noise; give one with --image")
         for step in self.generate(request):
             progress(f"step {step.index + 1}/{step.total}", (step.index + 1) / step.total)
         progress("decoding", 1.0)
         drawn = self.decode(step.sample, request)
-        warnings = []
-        if request.negative_prompt and all(stage.guidance.kind != "cfg" for stage in self.model.stages if stage.text):
-            warnings.append("this model takes no negative prompt: it was left out")
+        warnings = self._unused(request)
         if request.prompts:
             asked = {"prompt": request.prompts, "negative prompt": [request.negative_prompt]}
             warnings += self.prompts.warnings(asked, weighted=request.prompt_weights)
@@ -99,6 +100,23 @@ class Pipeline:
         fps = request.fps or self.fps
         settings_ = [{**one, "frames": drawn.shape[1], "fps": fps} for one in settings_]
         return Result([], settings_, warnings, [Video(to_images(one), fps) for one in drawn])
+
+    def _unused(self, request: Request) -> list[str]:
+        """A warning for each setting that has nothing to act on."""
+        guided = any(
+            way[0].guidance.kind == "cfg" and (guidance.numbers(scale(self.model, request, way)) > 1).any()
+            for way in cascade.ways(self.model.stages)
+        )
+        if guided:
+            return []
+        asked = {
+            "the negative prompt": request.negative_prompt != "",
+            "guidance_rescale": request.guidance_rescale != 0,
+        }
+        why = (
+            "guidance is off" if self._main.guidance.kind == "cfg" else "this model is not guided by a negative prompt"
+        )
+        return [f"{why}: {name} was left out" for name, given in asked.items() if given]
 
     def generate(
         self, request: Request, noise: Callable[[], Array] | Sequence[Callable[[], Array]] | None = None
@@ -184,7 +202,9 @@ class Pipeline:
         rows = tuple(row for table in tables for row in table.rows)
         if request.mask is not None and asked and not subject.paints(self.model):
             rows = inpaint.keep(rows)
-        rows = hints.plan(rows, self.model, request)
+        steered = [bool(stage.hints) for stage, table in zip(stages, tables, strict=True) for _ in table.rows]
+        if any(steered):
+            rows = hints.plan(rows, self.model, request, steered)
         interval = request.guidance_interval if asked else (0.0, 1.0)
         planned = guidance.plan(samplers.Table(rows, 1.0), scale(self.model, request, way), interval)
         guided = iter(planned.rows)
@@ -255,6 +275,7 @@ class Pipeline:
         given: what ways before this one made.
         """
         is_guided = stage.guidance.kind == "cfg" and any(row.guidance > 1 for row in table.rows)
+        rescale = request.guidance_rescale if stage in cascade.main(self.model.stages) else 0.0
         shown, unshown = hints.encode(
             self.model, stage, request, self._open, self._pixels(request), subject.count(request)
         )
@@ -282,7 +303,7 @@ class Pipeline:
                 without_out, with_out = call(sample, t, row, without), call(sample, t, row, with_prompt)
             channels = sample.shape[1]  # what follows them is a learned variance, which is the prompt's own
             guided = guidance.guide(
-                without_out[:, :channels], with_out[:, :channels], row.guidance, request.guidance_rescale,
+                without_out[:, :channels], with_out[:, :channels], row.guidance, rescale,
                 patch=stage.patch if stage.guidance.normalize == "tokens" else None,
                 rows=stage.guidance.normalize == "rows",
             )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from PIL import Image
@@ -31,7 +31,7 @@ class Request:
     negative_prompt: str = ""
     labels: int | str | Sequence[int | str] = ()
     images: int = 1  # for each prompt or label
-    # Of the main stage, where there are several that start from noise; or of each by its name: {"prior": 25}.
+    # Of the main stage, where there are several that start from noise; or of each by its name: {"": 50, "prior": 25}.
     steps: int | Mapping[str, int] | None = None
     # Up to 1 the negative prompt is not used, and a step costs half. Several scales are spread over the steps. By name
     # as the steps.
@@ -57,20 +57,35 @@ def check(model: Model, request: Request) -> None:
     """Raise DexportError for what the model does not take, for what it needs, and for what makes no sense."""
     subject.check(model, request)
     hints.chosen(model, request)
+    for name, number in (("images", request.images), ("seed", request.seed), *_by_name("steps", request.steps)):
+        if not isinstance(number, Integral):
+            raise DexportError(f"{name} must be a whole number, not {number!r:.80}")
     if request.images < 1:
         raise DexportError(f"images must be 1 or more, not {request.images}")
     if (count := subject.count(request)) > MOST_IMAGES:
         raise DexportError(f"{count} images are too many for one call; ask for {MOST_IMAGES} at most")
     for what, asked in (("steps", request.steps), ("guidance", request.guidance)):
         cascade.check_names(model.stages, what, asked)
-    for steps in request.steps.values() if isinstance(request.steps, Mapping) else [request.steps]:
-        if steps is not None and steps < 1:
+    for _, steps in _by_name("steps", request.steps):
+        if steps < 1:
             raise DexportError(f"steps must be 1 or more, not {steps}")
     if request.seed < 0:
         raise DexportError(f"a seed must be 0 or more, not {request.seed}")
+    size: Any = request.size
+    if size is not None and not (
+        isinstance(size, Sequence) and len(size) == 2 and all(isinstance(side, Integral) for side in size)
+    ):
+        raise DexportError(f"size must be height and width in pixels, not {size!r:.80}")
     _check_picture(model, request)
     _check_guidance(model, request)
     video.check_request(model.stages[-1], request)
+
+
+def _by_name(what: str, asked: Any) -> list[tuple[str, Any]]:
+    """The settings that there are, each with what it is called."""
+    if isinstance(asked, Mapping):
+        return [(f"{what} of {name or 'the main stage'}", value) for name, value in asked.items()]
+    return [] if asked is None else [(what, asked)]
 
 
 def _check_picture(model: Model, request: Request) -> None:

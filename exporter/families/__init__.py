@@ -75,7 +75,7 @@ SAME = {
 }
 """Classes whose checkpoints have the parts of another: what they do is asked of any bundle, by --image and --mask."""
 
-WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z][a-z]+|[a-z]+|[0-9]+")  # of a class's name
+WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z][a-z]+|[a-z]+")  # of a class's name
 
 # Each kind of tokenizer by the classes of transformers that a checkpoint may name for it.
 CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
@@ -175,7 +175,7 @@ def nearest(pipeline: str, count: int = 3) -> list[str]:
     """The supported classes whose names share most words with a class's."""
     asked = set(WORD.findall(pipeline.removesuffix("Pipeline")))
     shared = {name: _likeness(asked, set(WORD.findall(name.removesuffix("Pipeline")))) for name in PIPELINES}
-    return sorted((name for name in shared if shared[name]), key=lambda name: (-shared[name], name))[:count]
+    return sorted((name for name in shared if shared[name]), key=lambda name: (-shared[name], len(name), name))[:count]
 
 
 def _likeness(one: set[str], other: set[str]) -> float:

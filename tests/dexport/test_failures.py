@@ -109,8 +109,10 @@ def test_a_folder_that_is_no_checkpoint(say: Say, tmp_path: Path) -> None:
 def test_an_unsupported_pipeline(say: Say, copy_checkpoint: Callable[[], Path], tmp_path: Path) -> None:
     checkpoint = copy_checkpoint()
     index = checkpoint / "model_index.json"
-    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "AudioLDM2Pipeline"}))
-    refused(build(say, checkpoint, tmp_path / "out"), "AudioLDM2Pipeline", "StableDiffusionPipeline")
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "StableDiffusionPAGPipeline"}))
+    refused(
+        build(say, checkpoint, tmp_path / "out"), "StableDiffusionPAGPipeline", "nearest to it: StableDiffusionPipeline"
+    )
 
 
 def test_a_pickle(say: Say, copy_checkpoint: Callable[[], Path], tmp_path: Path) -> None:

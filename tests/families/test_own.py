@@ -218,10 +218,18 @@ def test_the_reference_is_the_module_itself() -> None:
         expected = model.denoiser.eval()(sample, told, labels)
         torch.testing.assert_close(reference.load(read, "denoiser")(sample, told, labels), expected)
     (file,) = read.source()
-    assert file.path == "denoiser" and file.size == 4 * sum(p.numel() for p in model.denoiser.parameters())
+    assert file.path == "denoiser" and file.size == 4 * sum(
+        value.numel() for value in (*model.denoiser.parameters(), *model.denoiser.buffers())
+    )
     with torch.no_grad():
         model.denoiser.end.bias += 1
-    assert own.read(model).source()[0].sha256 != file.sha256
+    changed = own.read(model).source()[0].sha256
+    assert changed != file.sha256
+    model.denoiser.frequencies *= 2  # a buffer
+    assert own.read(model).source()[0].sha256 != changed
+    model.denoiser.frequencies[0] = torch.nan
+    with pytest.raises(DexportError, match="'frequencies' holds NaN"):
+        own.read(model)
 
 
 class Looks(Latent):
@@ -249,6 +257,17 @@ def broken(module: nn.Module) -> nn.Module:
         (lambda: classes(null_label=None), "guidance needs something to steer away from"),
         (lambda: classes(prediction="velocity"), "prediction_type"),
         (lambda: classes(sampler="nonsense"), "nonsense"),
+        (lambda: classes(sampler="flow_euler"), "flow"),
+        (lambda: classes(null_label="none"), "null_label must be the number"),
+        (lambda: classes(labels="disc"), "list their names"),
+        (lambda: classes(labels=["a", "A"]), "two classes have the same name"),
+        (lambda: classes(guidance=None), "guidance must be a number"),
+        (lambda: classes(steps="20"), "steps must be a whole number from 1"),
+        (lambda: classes(multiple=0), "multiple must be a whole number from 1"),
+        (lambda: classes(alphas_cumprod=["a"]), "lists of numbers"),
+        (lambda: classes(inputs={"labels": 1}), "'labels' is filled by the request"),
+        (lambda: latent(inputs={"tone": ["a"]}), "'tone' must be numbers"),
+        (lambda: latent(scheduler="DDIM"), "scheduler must be a config"),
         (lambda: classes(labels=0, null_label=None, guidance=1), "denoiser: it does not run on .*labels"),
         (lambda: classes(sample=(2, 16, 16)), "give a decoder for 2"),
         (lambda: classes(denoiser=broken(UNet(8))), "holds NaN or infinity"),

@@ -52,7 +52,7 @@ def test_base_and_refiner_are_two_stages(saved: dict[str, Path]) -> None:
     assert first.inputs == {"time_ids": [*size, 0, 0, *size]} and not first.negative
     assert (last.inputs, last.negative) == ({"time_ids": [*size, 0, 0, 6.0]}, {"time_ids": [*size, 0, 0, 2.5]})
     assert (first.guidance.empty, last.guidance.empty) == ("zeros", "text")
-    inputs = [tokens.input for _, tokens in ensemble.token_inputs(joined).values()]
+    inputs = [tokens.input for _, tokens, _ in ensemble.token_inputs(joined).values()]
     assert inputs == ["tokens", "tokens_2", "refiner_tokens_2"]
 
 

@@ -155,6 +155,13 @@ def test_main_way_is_the_last_that_is_guided() -> None:
     assert cascade.main(refined) == tuple(refined[:2])
 
 
+def test_the_main_stage_needs_no_name(tmp_path: Path) -> None:
+    made, _ = pipeline(model(), tmp_path)
+    main = cascade.main(made.model.stages)[0].name
+    for asked in ({"": 3, "prior": 2}, {main: 3, "prior": 2}):
+        assert len(list(made.generate(Request(["red"], steps=asked)))) == 5
+
+
 @pytest.mark.parametrize(
     ("asked", "said"),
     [({"steps": {"base": 3}}, "there is no stage 'base'; there is prior and decoder"),

@@ -118,6 +118,11 @@ def test_pictures_that_do_not_fit(opened: Callable[..., Any], given: dict[str, A
     assert "\n" not in str(error.value)
 
 
+def test_one_hint_has_one_picture(opened: Callable[..., Any]) -> None:
+    with pytest.raises(DexportError, match="there are two pictures for the hint edges"):
+        run(opened(hints=(EDGES,))[0], steps=4, hints={"": GREY, "edges": GREY})
+
+
 def test_a_model_without_hints_takes_none(opened: Callable[..., Any]) -> None:
     with pytest.raises(DexportError, match="takes no pictures as hints"):
         run(opened(hints=())[0], hints={"edges": GREY})

@@ -138,7 +138,7 @@ def test_a_scale_that_the_denoiser_knows(tmp_path: Path) -> None:
     last(made, steps=1)
     assert sessions["denoiser"].calls[-1]["guidance"].tolist() == [8.5, 8.5]
     result = made(["red"], steps=1, negative_prompt="green")
-    assert result.warnings == ["this model takes no negative prompt: it was left out"]
+    assert result.warnings == ["this model is not guided by a negative prompt: the negative prompt was left out"]
 
 
 def test_what_a_model_was_not_made_for_is_refused(tmp_path: Path) -> None:
