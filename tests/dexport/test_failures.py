@@ -57,10 +57,9 @@ def build(say: Say, checkpoint: Path, output: Path) -> Said:
         (["build", "x", "-o", "y", "--target", "openvino", "--shape", "8x8", "--dynamic-shape"], "--dynamic-shape"),
         (["build", "x", "-o", "y", "--target", "openvino", "--cache", "z", "--no-cache"], "--no-cache"),
         (["export", "x", "-o", "y", "--shape", "8x8", "--dynamic-shape"], "--dynamic-shape"),
-        (["run", "bundle", "--prompt", "x", "-o", "picture.jpg"], ".png"),
         (["run", "bundle", "--prompt", "x", "--steps", "0"], "--steps"),
         (["run", "bundle", "--prompt", "x", "--steps", "prior=x"], "--steps"),
-        (["run", "bundle", "--prompt", "x", "--steps", "2", "--steps", "prior=3"], "once for each stage"),
+        (["run", "bundle", "--prompt", "x", "--steps", "2", "--steps", "3"], "once for each stage"),
         (["run", "bundle", "--prompt", "x", "--guidance", "prior=2", "--guidance", "prior=3"], "once for each stage"),
         (["run", "bundle", "--prompt", "x", "--threads", "1000000"], "--threads"),
         (["build", "here", "-o", "there", "--target", "onnxruntime", "--max-batch", "100000"], "--max-batch"),
@@ -210,10 +209,13 @@ def test_a_gpu_that_is_not_here_is_said_before_the_work(say_fresh: Say, tmp_path
     refused(say_fresh(*words, first=block), "pip install 'dexport[tensorrt-rtx]'")
 
 
-def test_a_picture_that_could_not_be_written_is_said_before_the_work(say: Say, tmp_path: Path) -> None:
+def test_a_picture_that_could_not_be_written_is_said_before_the_work(
+    say: Say, workshop: Workshop, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "a.png").mkdir()
-    words = ("run", tmp_path / "no-bundle", "--prompt", "x", "-o")
+    words = ("run", workshop.bundle, "--prompt", "x", "-o")
+    refused(say(*words, tmp_path / "picture.jpg"), ".png")
     refused(say(*words, tmp_path / "file" / "sub" / "a.png"), "file", "cannot be written")
     (tmp_path / "folder" / "000.png").mkdir(parents=True)
     refused(say(*words, tmp_path / "folder"), "000.png", "a folder of this name")
