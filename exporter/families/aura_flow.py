@@ -103,13 +103,8 @@ def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
 def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
     """One loop with classifier-free guidance."""
     drawn = parts.canvas(checkpoint, shape)
-    sample = (drawn.channels, shape.height // drawn.factor, shape.width // drawn.factor)
-    return (
-        Stage(
-            "base", "denoiser", "text", "decoder", "encoder", sample, drawn.factor, checkpoint.scheduler,
-            Guidance("cfg", GUIDANCE), STEPS, multiple=_whole(checkpoint, "patch_size", 2),
-        ),
-    )  # fmt: skip
+    patch = _whole(checkpoint, "patch_size", 2)
+    return (drawn.stage(checkpoint, Guidance("cfg", GUIDANCE), STEPS, multiple=patch),)
 
 
 def token_inputs(checkpoint: Checkpoint) -> Mapping[str, Tokens]:

@@ -58,14 +58,9 @@ def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
 def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
     """One loop, guided by the class that the model was told in training where it was told none: the last."""
     drawn = parts.canvas(checkpoint, shape)
-    sample = (drawn.channels, shape.height // drawn.factor, shape.width // drawn.factor)
     count = _whole(checkpoint, "num_embeds_ada_norm", 1000)
-    return (
-        Stage(
-            "base", "denoiser", None, "decoder", "encoder", sample, drawn.factor, checkpoint.scheduler,
-            Guidance("cfg", GUIDANCE), STEPS, labels=Labels(count, count, _names(checkpoint, count)),
-        ),
-    )  # fmt: skip
+    labels = Labels(count, count, _names(checkpoint, count))
+    return (drawn.stage(checkpoint, Guidance("cfg", GUIDANCE), STEPS, text=None, labels=labels),)
 
 
 def token_inputs(checkpoint: Checkpoint) -> Mapping[str, Tokens]:

@@ -94,14 +94,9 @@ def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
 def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
     """One loop; dev is told the scale of guidance, schnell knows none."""
     drawn, kind = parts.canvas(checkpoint, shape), _kind(checkpoint)
-    sample = (drawn.channels, shape.height // drawn.factor, shape.width // drawn.factor)
     guidance = Guidance("embedded" if kind is DEV else "none", kind["scale"])
-    return (
-        Stage(
-            "base", "denoiser", "text", "decoder", "encoder", sample, drawn.factor, checkpoint.scheduler, guidance,
-            int(kind["steps"]), multiple=PATCH, patch=PATCH, sigmas="even",
-        ),
-    )  # fmt: skip
+    steps = int(kind["steps"])
+    return (drawn.stage(checkpoint, guidance, steps, multiple=PATCH, patch=PATCH, sigmas="even"),)
 
 
 def token_inputs(checkpoint: Checkpoint) -> Mapping[str, Tokens]:

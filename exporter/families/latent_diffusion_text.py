@@ -75,13 +75,7 @@ def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
 def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
     """One loop with classifier-free guidance."""
     drawn = _canvas(checkpoint, shape)
-    sample = (drawn.channels, shape.height // drawn.factor, shape.width // drawn.factor)
-    return (
-        Stage(
-            "base", "denoiser", "text", "decoder", "encoder", sample, drawn.factor, checkpoint.scheduler,
-            Guidance("cfg", GUIDANCE), STEPS,
-        ),
-    )  # fmt: skip
+    return (drawn.stage(checkpoint, Guidance("cfg", GUIDANCE), STEPS),)
 
 
 def token_inputs(checkpoint: Checkpoint) -> Mapping[str, Tokens]:

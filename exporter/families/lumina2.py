@@ -153,12 +153,11 @@ def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
 def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
     """One loop with classifier-free guidance, after which each row of the output is as long as with the prompt."""
     drawn = parts.canvas(checkpoint, shape)
-    sample = (drawn.channels, shape.height // drawn.factor, shape.width // drawn.factor)
     return (
-        Stage(
-            "base", "denoiser", "text", "decoder", "encoder", sample, drawn.factor,
-            _scheduler(checkpoint, drawn.channels), Guidance("cfg", GUIDANCE, normalize="rows"), STEPS,
-            multiple=_whole(checkpoint, "patch_size", 2), sigmas="even",
+        drawn.stage(
+            checkpoint, Guidance("cfg", GUIDANCE, normalize="rows"), STEPS,
+            scheduler=_scheduler(checkpoint, drawn.channels), multiple=_whole(checkpoint, "patch_size", 2),
+            sigmas="even",
         ),
     )  # fmt: skip
 

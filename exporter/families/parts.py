@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from exporter.families import Shape, Spec
 from runtimes.errors import DexportError
-from runtimes.manifest import SEQUENCE, Guidance, Tensor
+from runtimes.manifest import SEQUENCE, Guidance, Stage, Tensor
 
 if TYPE_CHECKING:
     from exporter.checkpoint import Checkpoint
@@ -41,6 +41,17 @@ class Canvas:
     # which is right for all sizes; traced with sizes that it does divide, it would only ever double.
     odd_sizes: Mapping[str, int]
     pixel_sizes: Mapping[str, int]
+
+    def stage(
+        self, checkpoint: Checkpoint, guidance: Guidance, steps: int, *, text: str | None = "text",
+        scheduler: Mapping[str, Any] | None = None, **options: Any,
+    ) -> Stage:  # fmt: skip
+        """The one loop of a model whose graphs have their plain names; ``options``: more of ``Stage``."""
+        sample = (self.channels, self.latent_sizes["height"], self.latent_sizes["width"])
+        return Stage(
+            "base", "denoiser", text, "decoder", "encoder", sample, self.factor, scheduler or checkpoint.scheduler,
+            guidance, steps, **options,
+        )  # fmt: skip
 
 
 def canvas(checkpoint: Checkpoint, shape: Shape) -> Canvas:

@@ -86,14 +86,9 @@ def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
 def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
     """One loop with classifier-free guidance."""
     drawn = parts.canvas(checkpoint, shape)
-    sample = (drawn.channels, shape.height // drawn.factor, shape.width // drawn.factor)
     told = {"resolution": ["image_height", "image_width"]} if _is_told(checkpoint) else {}
-    return (
-        Stage(
-            "base", "denoiser", "text", "decoder", "encoder", sample, drawn.factor, checkpoint.scheduler,
-            Guidance("cfg", GUIDANCE), STEPS, told, multiple=_whole(checkpoint, "patch_size", 2),
-        ),
-    )  # fmt: skip
+    patch = _whole(checkpoint, "patch_size", 2)
+    return (drawn.stage(checkpoint, Guidance("cfg", GUIDANCE), STEPS, inputs=told, multiple=patch),)
 
 
 def token_inputs(checkpoint: Checkpoint) -> Mapping[str, Tokens]:

@@ -109,13 +109,8 @@ def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
 def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
     """One loop with classifier-free guidance that keeps each token's length."""
     drawn = _canvas(checkpoint, shape)
-    sample = (drawn.channels, shape.height // drawn.factor, shape.width // drawn.factor)
-    return (
-        Stage(
-            "base", "denoiser", "text", "decoder", "encoder", sample, drawn.factor, checkpoint.scheduler,
-            Guidance("cfg", GUIDANCE, normalize="tokens"), STEPS, multiple=PATCH, patch=PATCH, sigmas="even",
-        ),
-    )  # fmt: skip
+    guidance = Guidance("cfg", GUIDANCE, normalize="tokens")
+    return (drawn.stage(checkpoint, guidance, STEPS, multiple=PATCH, patch=PATCH, sigmas="even"),)
 
 
 def token_inputs(checkpoint: Checkpoint) -> Mapping[str, Tokens]:

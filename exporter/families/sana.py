@@ -166,14 +166,9 @@ def _autoencoder(checkpoint: Checkpoint, drawn: parts.Canvas) -> dict[str, Spec]
 def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
     """One loop, with classifier-free guidance or, of Sana-Sprint, with a model that knows the scale."""
     drawn = _canvas(checkpoint, shape)
-    sample = (drawn.channels, shape.height // drawn.factor, shape.width // drawn.factor)
-    return (
-        Stage(
-            "base", "denoiser", "text", "decoder", "encoder", sample, drawn.factor, checkpoint.scheduler,
-            Guidance("embedded" if _is_distilled(checkpoint) else "cfg", GUIDANCE), STEPS[checkpoint.pipeline],
-            multiple=_whole(checkpoint, "patch_size", 1),
-        ),
-    )  # fmt: skip
+    guidance = Guidance("embedded" if _is_distilled(checkpoint) else "cfg", GUIDANCE)
+    patch = _whole(checkpoint, "patch_size", 1)
+    return (drawn.stage(checkpoint, guidance, STEPS[checkpoint.pipeline], multiple=patch),)
 
 
 def token_inputs(checkpoint: Checkpoint) -> Mapping[str, Tokens]:

@@ -74,17 +74,9 @@ def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
 
 def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
     """One loop with classifier-free guidance (Ho and Salimans 2022), or with guidance that the UNet knows."""
-    config, factor = checkpoint.components["unet"].config, parts.pixels_per_latent(checkpoint)
-    channels = parts.whole("vae", checkpoint.components["vae"].config, "latent_channels", 4)
-    sample = (channels, shape.height // factor, shape.width // factor)
     scale, steps = DEFAULTS.get(checkpoint.pipeline, OTHERS)
-    guidance = parts.guidance(config, scale)
-    return (
-        Stage(
-            "base", "denoiser", "text", "decoder", "encoder", sample, factor, checkpoint.scheduler, guidance, steps,
-            states=parts.STATES,
-        ),
-    )  # fmt: skip
+    guidance = parts.guidance(checkpoint.components["unet"].config, scale)
+    return (parts.canvas(checkpoint, shape).stage(checkpoint, guidance, steps, states=parts.STATES),)
 
 
 def token_inputs(checkpoint: Checkpoint) -> Mapping[str, Tokens]:

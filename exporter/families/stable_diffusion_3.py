@@ -94,13 +94,7 @@ def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
 def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
     """One loop with classifier-free guidance."""
     drawn, patch = parts.canvas(checkpoint, shape), _whole(checkpoint, "patch_size", 2)
-    sample = (drawn.channels, shape.height // drawn.factor, shape.width // drawn.factor)
-    return (
-        Stage(
-            "base", "denoiser", "text", "decoder", "encoder", sample, drawn.factor, checkpoint.scheduler,
-            Guidance("cfg", GUIDANCE), STEPS, multiple=patch, patch=patch,
-        ),
-    )  # fmt: skip
+    return (drawn.stage(checkpoint, Guidance("cfg", GUIDANCE), STEPS, multiple=patch, patch=patch),)
 
 
 def token_inputs(checkpoint: Checkpoint) -> Mapping[str, Tokens]:

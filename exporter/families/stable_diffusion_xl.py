@@ -28,6 +28,7 @@ COMPONENTS = {
 }
 GUIDANCE = 5.0  # diffusers' default
 STEPS = 20  # as for Stable Diffusion
+REWORKS = "StableDiffusionXLImg2ImgPipeline"
 STRENGTH = 0.3  # diffusers' default for what only reworks pictures
 SCORES = (
     6.0,
@@ -95,17 +96,14 @@ def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
 
 def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
     """One loop with classifier-free guidance; a pipeline from image to image only reworks pictures."""
-    config, factor = checkpoint.components["unet"].config, parts.pixels_per_latent(checkpoint)
-    channels = parts.whole("vae", checkpoint.components["vae"].config, "latent_channels", 4)
-    sample = (channels, shape.height // factor, shape.width // factor)
     zeros = checkpoint.index.get("force_zeros_for_empty_prompt", True)
-    guidance = replace(parts.guidance(config, GUIDANCE), empty="zeros" if zeros else "text")
+    guidance = parts.guidance(checkpoint.components["unet"].config, GUIDANCE)
+    guidance = replace(guidance, empty="zeros" if zeros else "text")
     sizes, negative = ({"time_ids": _time_ids(checkpoint, score)} for score in SCORES)
     return (
-        Stage(
-            "base", "denoiser", "text", "decoder", "encoder", sample, factor, checkpoint.scheduler, guidance, STEPS,
-            sizes, negative if negative != sizes else {}, states=parts.STATES,
-            strength=STRENGTH if checkpoint.pipeline == "StableDiffusionXLImg2ImgPipeline" else None,
+        parts.canvas(checkpoint, shape).stage(
+            checkpoint, guidance, STEPS, inputs=sizes, negative=negative if negative != sizes else {},
+            states=parts.STATES, strength=STRENGTH if checkpoint.pipeline == REWORKS else None,
         ),
     )  # fmt: skip
 

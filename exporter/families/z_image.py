@@ -78,13 +78,8 @@ def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
 def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
     """One loop with classifier-free guidance."""
     drawn = parts.canvas(checkpoint, shape)
-    sample = (drawn.channels, shape.height // drawn.factor, shape.width // drawn.factor)
-    return (
-        Stage(
-            "base", "denoiser", "text", "decoder", "encoder", sample, drawn.factor, checkpoint.scheduler,
-            Guidance("cfg", GUIDANCE), STEPS, multiple=PATCH, patch=PATCH, sigmas="even",
-        ),
-    )  # fmt: skip
+    guidance = Guidance("cfg", GUIDANCE)
+    return (drawn.stage(checkpoint, guidance, STEPS, multiple=PATCH, patch=PATCH, sigmas="even"),)
 
 
 def token_inputs(checkpoint: Checkpoint) -> Mapping[str, Tokens]:
