@@ -43,7 +43,8 @@ def main() -> None:
       dexport build checkpoint --target openvino --precision bf16 -o bundle
       dexport run bundle --prompt "red apple" -o apple.png
 
-    Exit codes: 0 done, 1 failed a gate, 2 wrong use or input, 70 a bug of ours, 128 + N stopped by signal N.
+    Exit codes: 0 done, 1 failed a gate or a budget, or nothing to prove, 2 wrong use or input, 70 a bug of ours,
+    128 + N stopped by signal N.
     """
 
 

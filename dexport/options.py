@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,7 +23,7 @@ FOLDER = click.Path(path_type=Path)  # whether it exists, and what it must be, i
 
 def together(name: str, make: Callable[..., Any], *options: Callable[[Any], Any]) -> Callable[[F], Any]:
     """A decorator for a command: ``options``, whose values are the arguments of ``make``, become its one ``name``."""
-    words = list(inspect.signature(make).parameters)
+    words = _names(options)
 
     def decorate(command: F) -> Any:
         @functools.wraps(command)
@@ -35,6 +34,16 @@ def together(name: str, make: Callable[..., Any], *options: Callable[[Any], Any]
         return functools.reduce(lambda made, option: option(made), reversed(options), call)
 
     return decorate
+
+
+def _names(options: Sequence[Callable[[Any], Any]]) -> list[str]:
+    """What a command gets their values as."""
+
+    def command() -> None: ...
+
+    for option in options:
+        option(command)
+    return [option.name for option in command.__click_params__]  # type: ignore[attr-defined]  # where click keeps them
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, for machines.")
@@ -53,18 +62,8 @@ calibration_steps_option = click.option(
 )
 
 
-def _origin(
-    checkpoint: Path, config: str | None, loras: tuple[str, ...], clip_skip: int, refiner: Path | None,
-    prior: Path | None, decoder: Path | None, sampler: str | None, steps: int | None, guidance: float | None,
-    controls: tuple[str, ...], ip_adapters: tuple[str, ...], image_encoder: Path | None, long_prompts: int,
-    embeddings: tuple[str, ...], motion_adapter: Path | None, frames: int | None,
-) -> Origin:  # fmt: skip
-    return dexport.Origin(
-        checkpoint, refiner=refiner, config=config, loras=loras, clip_skip=clip_skip, sampler=sampler, steps=steps,
-        guidance=guidance, controls=controls, ip_adapters=ip_adapters, image_encoder=image_encoder,
-        long_prompts=long_prompts, embeddings=embeddings, prior=prior, decoder=decoder,
-        motion_adapter=motion_adapter, frames=frames,
-    )  # fmt: skip
+def _origin(checkpoint: Path, **said: Any) -> Origin:
+    return dexport.Origin(checkpoint, **said)
 
 
 prior_option = click.option(
@@ -99,7 +98,7 @@ origin_options = together(
     ),
     click.option("--frames", type=click.IntRange(1), help="Frames of each video; the model's own number by default."),
     click.option("--sampler", type=SamplerName(), help="The model's sampler, in place of the checkpoint's."),
-    click.option("--steps", type=click.IntRange(1), help="Steps if none are asked for."),
+    click.option("--steps", type=click.IntRange(1), help="Steps of the main stage if none are asked for."),
     click.option(
         "--guidance", type=click.FloatRange(0, 1000),
         help="The model's scale of guidance; up to 1 for one that was distilled to draw without.",

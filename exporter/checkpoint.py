@@ -131,7 +131,9 @@ def read(
     if place.prior is not None:
         index = combined.join(folder, index, place.prior, _read_index(place.prior))
     combined.check_whole(folder, index)
-    pipeline = str(index.get("_class_name"))
+    if not isinstance(index.get("_class_name"), str):
+        raise DexportError(f"{folder}: model_index.json names no pipeline class; copy or download it again")
+    pipeline = str(index["_class_name"])
     pipeline = families.SAME.get(pipeline, pipeline)
     family = families.find(pipeline)
     names = families.schedulers(family)

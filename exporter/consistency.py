@@ -36,7 +36,10 @@ def check(checkpoint: Checkpoint) -> None:
     """Raise DexportError where a decoder that was given is not for the latents of the checkpoint's autoencoder."""
     part, vae = checkpoint.components[COMPONENT], checkpoint.components.get("vae")
     if vae is None:
-        raise DexportError(f"{part.path}: {checkpoint.path} has no latents to decode; leave --decoder out")
+        raise DexportError(
+            f"{part.path}: it is for the latents of an AutoencoderKL, and a {checkpoint.pipeline} has none; leave "
+            "--decoder out"
+        )
     own, theirs = (
         (parts.whole(name, one.config, "latent_channels", 4), parts.latent_scale(name, one.config))
         for name, one in ((COMPONENT, part), ("vae", vae))

@@ -104,8 +104,8 @@ def check(stages: Sequence[Stage]) -> None:
     """Raise DexportError for a model that is not calibrated by drawing out of noise with one denoiser."""
     if len(stages) > 1 or any(stage.strength is not None for stage in stages):
         raise DexportError(
-            f"{', '.join(PRECISIONS)} is for models that draw out of noise with one denoiser, and not for refiners; "
-            "take another precision"
+            f"{', '.join(PRECISIONS)} is for models that draw out of noise with one denoiser: not with a refiner, a "
+            "prior or a consistency decoder; take fp32, bf16 or fp16"
         )
 
 

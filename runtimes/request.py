@@ -95,6 +95,8 @@ def _check_picture(model: Model, request: Request) -> None:
             raise DexportError(f"{name} must be a picture (PIL.Image.open gives one), not {picture!r:.80}")
     if request.mask is not None and request.image is None:
         raise DexportError("a mask says where a picture may change; give --image too, or leave it out")
+    if request.image is not None and not subject.shown(model) and cascade.main(model.stages)[0].encoder is None:
+        raise DexportError("this bundle has no encoder to start from a picture with; leave --image out")
     share = _number("strength", strength(model, request))
     if not 0 < share <= 1:
         raise DexportError(f"strength must be above 0 and at most 1, not {share}")

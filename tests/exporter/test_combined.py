@@ -97,7 +97,7 @@ def test_unguided_base_of_a_consistency_decoder_stays_unguided(folder: Path) -> 
         (Origin("decoder", prior="nowhere"), "nowhere: no such folder"),
         (Origin("sd", decoder="sd/vae"), "'AutoencoderKL'; it must be a ConsistencyDecoderVAE"),
         (Origin("sd", decoder="nowhere"), "nowhere: no such folder"),
-        (Origin("both", decoder="consistency"), "has no latents"),
+        (Origin("both", decoder="consistency"), "it is for the latents of an AutoencoderKL"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(folder: Path, origin: Origin, said: str) -> None:
