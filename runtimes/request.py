@@ -76,9 +76,9 @@ def check(model: Model, request: Request) -> None:
         isinstance(size, Sequence) and len(size) == 2 and all(isinstance(side, Integral) for side in size)
     ):
         raise DexportError(f"size must be height and width in pixels, not {size!r:.80}")
+    video.check_request(model.stages[-1], request)
     _check_picture(model, request)
     _check_guidance(model, request)
-    video.check_request(model.stages[-1], request)
 
 
 def _by_name(what: str, asked: Any) -> list[tuple[str, Any]]:
