@@ -16,17 +16,25 @@ from typing import Any
 
 import diffusers
 import numpy as np
+import pytest
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from numpy.typing import NDArray
 from PIL import Image
 
+from exporter import compile as compilers
+from exporter import hub
 from exporter.build import build
 from exporter.ensemble import HANDOVER, Origin
+from exporter.inspect import inspect as describe
 from runtimes import cascade, subject
+from runtimes.bench import bench
+from runtimes.bundle import verify
 from runtimes.pipeline import Pipeline
 from runtimes.request import Request
+from runtimes.session import backend
+from runtimes.target import Target
 
 Array = NDArray[Any]
 SEED = 11
@@ -52,6 +60,28 @@ def build_all(checkpoint: Path, folder: Path, shape: tuple[int, int] | None = No
         shape=shape,
     )  # fmt: skip
     return Built(checkpoint, folder / "hub", {item.target: item.folder for item in made})
+
+
+def prove(made: Built) -> dict[str, Any]:
+    """A bundle's golden outputs are right for every graph, and it is timed and described: what is said of it."""
+    folder = made.bundles["onnxruntime"]
+    checks, found = verify(folder), describe(folder)
+    assert all(check.passed for check in checks)
+    assert {check.graph for check in checks} == set(found["graphs"]) == set(bench(folder, repeats=1)["graphs"])
+    assert set(found.get("stages", ["base"])) == {stage.name for stage in hub.load(made.hub).stages}
+    return found
+
+
+def build_engines(made: Built, folder: Path, *more: str) -> None:
+    """TensorRT compiles the denoisers of a hub, and ``more`` of its graphs, for a generation of GPUs."""
+    if backend("tensorrt").version() is None:
+        pytest.skip("TensorRT is not installed")
+    model = hub.load(made.hub)
+    for name in (*(stage.denoiser for stage in model.stages), *more):
+        (folder / name).mkdir()
+        graph, target = model.graphs[name], Target.parse("tensorrt:sm89")
+        built = compilers.compile_graph(made.hub / graph.file, graph, folder / name, target, "fp32")
+        assert (folder / built.file).stat().st_size > 10_000
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +147,8 @@ def z_image(folder: Path) -> None:
         folder, diffusers.ZImagePipeline, transformer=noisy(transformer), text_encoder=noisy(encoder), tokenizer=words,
         vae=vae, scheduler=scheduler,
     )  # fmt: skip
+
+
+WRITERS: dict[str, Callable[[Path], None]] = {
+    "sd_3": sd_3, "flux": flux, "flux_schnell": flux_schnell, "qwen_image": qwen_image, "z_image": z_image,
+}  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +117,9 @@ def lumina2(folder: Path, **options: Any) -> None:
         vae=kl_autoencoder(4, scaling_factor=0.3611, shift_factor=0.1159),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**{"shift": 6.0, **options}),
     )  # fmt: skip
+
+
+WRITERS: dict[str, Callable[[Path], None]] = {
+    "pixart_alpha": pixart_alpha, "pixart_sigma": pixart_sigma, "sana": sana, "sana_wide": sana_wide,
+    "sana_sprint": sana_sprint, "aura_flow": aura_flow, "lumina2": lumina2,
+}  # fmt: skip

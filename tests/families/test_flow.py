@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,37 +20,6 @@ from runtimes.session import require
 from tests.families import small_flow
 
 SHAPE = Shape(32, 32, free=False)
-WRITERS: dict[str, Callable[[Path], None]] = {
-    "sd_3": small_flow.sd_3, "flux": small_flow.flux, "flux_schnell": small_flow.flux_schnell,
-    "qwen_image": small_flow.qwen_image, "z_image": small_flow.z_image,
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A checkpoint by the name of its writer, made once."""
-    root = tmp_path_factory.mktemp("checkpoints")
-
-    def made(name: str) -> Path:
-        if not (root / name).exists():
-            WRITERS[name](root / name)
-        return root / name
-
-    return made
-
-
-@pytest.fixture
-def changed(saved: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
-    """A copy of a checkpoint of which one file says something else."""
-
-    def make(name: str, file: str, **changes: Any) -> Path:
-        folder = Path(shutil.copytree(saved(name), tmp_path / name))
-        (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changes))
-        return folder
-
-    return make
-
-
 TRANSFORMER, VAE, INDEX = "transformer/config.json", "vae/config.json", "model_index.json"
 
 
@@ -100,7 +67,7 @@ def test_sizes_without_whole_tokens(saved: Callable[[str], Path], tmp_path: Path
 
 def test_defaults_are_the_pipelines(saved: Callable[[str], Path]) -> None:
     found = {}
-    for name in WRITERS:
+    for name in small_flow.WRITERS:
         read = checkpoint.read(saved(name))
         (stage,) = read.family.stages(read, SHAPE)
         lengths = [tokens.length for tokens in read.family.token_inputs(read).values()]

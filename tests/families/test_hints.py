@@ -23,7 +23,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionModelWithProjection
 
-from exporter import compile as compilers
 from exporter import ensemble, hub, steering
 from exporter import reference as references
 from exporter.checkpoint import Component
@@ -37,10 +36,8 @@ from runtimes.hints import Hint
 from runtimes.image import read_settings
 from runtimes.pipeline import Pipeline
 from runtimes.request import Request
-from runtimes.session import backend
-from runtimes.target import Target
 from tests.dexport.conftest import Say
-from tests.families.harness import Array, Built, build_all, draw, encode, picture, same_noise
+from tests.families.harness import Array, Built, build_all, build_engines, draw, encode, picture, same_noise
 from tests.families.small import SCHEDULE, stable_diffusion, stable_diffusion_xl, write_ddpm
 from tests.families.small_hints import control, features, write_image_encoder, write_ip_adapter
 
@@ -318,16 +315,8 @@ def test_a_bundle_proves_itself_and_is_timed(sd: tuple[Parts, Built]) -> None:
 
 @pytest.mark.parametrize("kind", ["sd", "xl"])
 def test_engine_of_the_denoiser_is_built(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    if backend("tensorrt").version() is None:
-        pytest.skip("TensorRT is not installed")
     made = request.getfixturevalue(kind)[1]
-    model = hub.load(made.hub)
-    for name in ("denoiser", *(["hint_sketch", "hint_plus"] if kind == "sd" else [])):
-        (tmp_path / name).mkdir()
-        graph = model.graphs[name]
-        target = Target.parse("tensorrt:sm89")
-        built = compilers.compile_graph(made.hub / graph.file, graph, tmp_path / name, target, "fp32")
-        assert (tmp_path / built.file).stat().st_size > 10_000
+    build_engines(made, tmp_path, *(["hint_sketch", "hint_plus"] if kind == "sd" else []))
 
 
 def test_hints_on_the_command_line(say: Say, sd: tuple[Parts, Built], tmp_path: Path) -> None:

@@ -10,16 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from exporter import compile as compilers
-from exporter import hub
-from exporter.inspect import inspect
 from runtimes.accuracy import psnr
-from runtimes.bench import bench
-from runtimes.bundle import verify
 from runtimes.request import Request
-from runtimes.session import backend
-from runtimes.target import Target
-from tests.families.harness import Array, Built, build_all, draws, ours, theirs
+from tests.families.harness import Array, Built, build_all, build_engines, draws, ours, prove, theirs
 from tests.families.small_cascades import decoded, kandinsky, stable_cascade, unclip
 from tests.families.small_ldm import ldm_text
 
@@ -118,23 +111,8 @@ def test_negative_prompt_is_what_diffusers_makes_of_it(made: Made) -> None:
 
 
 def test_bundle_proves_itself(made: Made) -> None:
-    """Golden outputs of every graph; and it is timed and described."""
-    folder = made.built.bundles["onnxruntime"]
-    checks, found = verify(folder), inspect(folder)
-    assert all(check.passed for check in checks)
-    assert {check.graph for check in checks} == set(found["graphs"]) == set(bench(folder, repeats=1)["graphs"])
-    stages = hub.load(made.built.hub).stages
-    assert set(found.get("stages", ["base"])) == {stage.name for stage in stages}
+    prove(made.built)
 
 
 def test_engines_of_the_denoisers_are_built(made: Made, tmp_path: Path) -> None:
-    if backend("tensorrt").version() is None:
-        pytest.skip("TensorRT is not installed")
-    model = hub.load(made.built.hub)
-    for stage in model.stages:
-        graph = model.graphs[stage.denoiser]
-        (tmp_path / stage.denoiser).mkdir()
-        built = compilers.compile_graph(
-            made.built.hub / graph.file, graph, tmp_path / stage.denoiser, Target.parse("tensorrt:sm89"), "fp32"
-        )
-        assert (tmp_path / built.file).stat().st_size > 10_000
+    build_engines(made.built, tmp_path)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,25 +29,7 @@ from tests.families.harness import picture
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
 SHAPE = Shape(32, 32, free=False)
-WRITERS: dict[str, Callable[[Path], None]] = {
-    "pixart_alpha": small.pixart_alpha, "pixart_sigma": small.pixart_sigma, "sana": small.sana,
-    "sana_wide": small.sana_wide, "sana_sprint": small.sana_sprint, "aura_flow": small.aura_flow,
-    "lumina2": small.lumina2,
-}  # fmt: skip
 Saved = Callable[[str], Path]
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    """A checkpoint by the name of its writer, made once."""
-    root = tmp_path_factory.mktemp("checkpoints")
-
-    def made(name: str) -> Path:
-        if not (root / name).exists():
-            WRITERS[name](root / name)
-        return root / name
-
-    return made
 
 
 TRANSFORMER, VAE, INDEX = "transformer/config.json", "vae/config.json", "model_index.json"
@@ -77,10 +57,9 @@ TRANSFORMER, VAE, INDEX = "transformer/config.json", "vae/config.json", "model_i
     ],
 )  # fmt: skip
 def test_checkpoints_that_do_not_fit(
-    saved: Saved, tmp_path: Path, name: str, file: str, changes: dict[str, Any], words: str
+    changed: Callable[..., Path], tmp_path: Path, name: str, file: str, changes: dict[str, Any], words: str
 ) -> None:
-    folder = Path(shutil.copytree(saved(name), tmp_path / name))
-    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changes))
+    folder = changed(name, file, **changes)
     with pytest.raises(DexportError, match=words) as caught:
         hub.export(folder, tmp_path / "hub", shape=(32, 32))
     assert "\n" not in str(caught.value) and not (tmp_path / "hub").exists()
@@ -93,7 +72,7 @@ def test_learned_positions_are_of_one_size(saved: Saved, tmp_path: Path) -> None
 
 def test_defaults_are_the_pipelines(saved: Saved) -> None:
     found = {}
-    for name in WRITERS:
+    for name in small.WRITERS:
         read = checkpoint.read(saved(name))
         (stage,) = read.family.stages(read, SHAPE)
         (tokens,) = read.family.token_inputs(read).values()

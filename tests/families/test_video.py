@@ -12,17 +12,13 @@ import pytest
 from PIL import Image
 
 from dexport.cli import main
-from exporter import compile as compilers
-from exporter import hub
 from exporter.inspect import inspect
 from runtimes.accuracy import psnr
 from runtimes.bench import bench
 from runtimes.bundle import verify
 from runtimes.errors import DexportError
 from runtimes.request import Request
-from runtimes.session import backend
-from runtimes.target import Target
-from tests.families.harness import Array, Built, build_all, draw, same_noise
+from tests.families.harness import Array, Built, build_all, build_engines, draw, same_noise
 from tests.families.small_video import animatediff
 
 FRAMES, STEPS, GUIDANCE = 4, 3, 6.0
@@ -122,11 +118,4 @@ def test_what_a_video_cannot_be_asked_for(made: Made, tmp_path: Path, capsys: py
 
 
 def test_engine_of_the_denoiser_is_built(made: Made, tmp_path: Path) -> None:
-    if backend("tensorrt").version() is None:
-        pytest.skip("TensorRT is not installed")
-    graph = hub.load(made.built.hub).graphs["denoiser"]
-    (tmp_path / "denoiser").mkdir()
-    built = compilers.compile_graph(
-        made.built.hub / graph.file, graph, tmp_path / "denoiser", Target.parse("tensorrt:sm89"), "fp32"
-    )
-    assert (tmp_path / built.file).stat().st_size > 10_000
+    build_engines(made.built, tmp_path)
