@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from exporter.checkpoint import Checkpoint
 from exporter.stored import FLOATS
 from runtimes.errors import DexportError, first_of
-from runtimes.safetensors import Stored
+from runtimes.safetensors import Entry, Stored
 
 
 class Weight(ir.LazyTensor):
@@ -36,12 +36,19 @@ class Weight(ir.LazyTensor):
 
     def _read(self) -> ir.TensorProtocol:
         # By torch, and turned before it is widened: numpy needs three times as long.
-        values = torch.from_numpy(self.entry.load()).permute(self.order).contiguous().to(torch.float32)
+        values = _as_stored(self.entry).permute(self.order).contiguous().to(torch.float32)
         return ir.Tensor(values.numpy().reshape(self.shape.numpy()), name=self.name)
 
     def transposed(self, order: Sequence[int]) -> Weight:
         """The same weight with its axes in another order."""
         return Weight(self.name or "", self.entry, tuple(self.order[axis] for axis in order))
+
+
+def _as_stored(entry: Stored) -> torch.Tensor:
+    """The tensor in memory in the type of its file, BF16 too, which numpy does not know."""
+    if isinstance(entry, Entry) and entry.dtype == "BF16":
+        return torch.from_numpy(np.array(entry.raw()).view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(entry.load())
 
 
 def widen(entry: Stored) -> NDArray[np.float32]:
