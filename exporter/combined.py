@@ -18,6 +18,7 @@ PREFIX = "prior_"
 COMBINED = {
     "KandinskyV22Pipeline": ("KandinskyV22PriorPipeline", "KandinskyV22CombinedPipeline"),
     "StableCascadeDecoderPipeline": ("StableCascadePriorPipeline", "StableCascadeCombinedPipeline"),
+    "WuerstchenDecoderPipeline": ("WuerstchenPriorPipeline", "WuerstchenCombinedPipeline"),
 }
 
 

@@ -17,6 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
 from exporter.families import Spec
@@ -59,24 +60,45 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class _OneHead(TorchFunctionMode):
-    """Gives attention without an axis of heads one of length 1: torch.onnx translates no other."""
+class _Translatable(TorchFunctionMode):
+    """Writes what torch.onnx does not translate, or not truly, as operations that it does."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        kwargs = dict(kwargs or {})
         if func is torch.nn.functional.scaled_dot_product_attention:
-            return _attend(func, *args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+            return _attend(func, *args, **kwargs)
+        if func is torch.nn.functional.interpolate and kwargs.get("antialias"):
+            return _resize(func, *args, **kwargs)
+        return func(*args, **kwargs)
 
 
 def _attend(func: Any, query: Any, key: Any, value: Any, attn_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """Attention without an axis of heads has one of length 1."""
     if query.dim() != 3:
         return func(query, key, value, attn_mask, *args, **kwargs)
     if attn_mask is not None and attn_mask.dim() == 3:
         attn_mask = attn_mask.unsqueeze(1)
     one_head = (tensor.unsqueeze(1) for tensor in (query, key, value))
     return func(*one_head, attn_mask, *args, **kwargs).squeeze(1)
+
+
+def _resize(func: Any, input: Any, size: Any = None, scale_factor: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """[B, C, h, w] to another size as two products with matrices that torch itself makes, each for one axis.
+
+    The runtimes' Resize means something else by antialias: theirs is off by more than the picture is large.
+    """
+    asked = scale_factor if size is None else size
+    both = asked if isinstance(asked, (tuple, list)) else (asked, asked)
+
+    def matrix(old: int, new: Any) -> Any:
+        to = (None, (new, 1.0)) if size is None else ((int(new), old), None)
+        return func(torch.eye(old)[None, None], *to, *args, **kwargs)[0, 0]
+
+    with _disable_current_modes():  # what is computed here is a constant of the graph
+        rows, columns = (matrix(int(old), new) for old, new in zip(input.shape[-2:], both, strict=True))
+    return rows @ input @ columns.T
 
 
 def build(spec: Spec) -> Modules:
@@ -124,7 +146,7 @@ def trace(spec: Spec, modules: Modules, weights: Mapping[str, Stored]) -> ir.Mod
     with quiet(), mode:
         _fake_parameters(modules)
         inputs = tuple(_example(tensor, sizes) for tensor in spec.inputs)
-        with _OneHead():
+        with _Translatable():
             program = torch.export.export(modules, inputs, dynamic_shapes=(free,), strict=False)
         onnx = torch.onnx.export(
             program,

@@ -52,6 +52,7 @@ PIPELINES = {
     "StableDiffusionXLInpaintPipeline": "stable_diffusion_xl",
     "StableDiffusionXLPipeline": "stable_diffusion_xl",
     "UnCLIPPipeline": "unclip",
+    "WuerstchenCombinedPipeline": "wuerstchen",
     "ZImagePipeline": "z_image",
 }
 """The allow-list: diffusers' pipeline class to the family's file."""

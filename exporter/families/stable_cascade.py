@@ -7,7 +7,7 @@ https://arxiv.org/abs/2306.00637, whose stages C, B and A they are.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from exporter.families import CLIP_TOKENIZERS, Shape, Spec, Tokens, parts, prior
@@ -67,15 +67,20 @@ def default_shape(checkpoint: Checkpoint) -> tuple[int, int]:
 
 
 def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
-    """The four graphs. Raises DexportError for sizes that the two UNets do not meet in, and for free ones."""
-    if shape.free:
-        raise DexportError("the maps of this model are of one size; leave --dynamic-shape out, and choose with --shape")
+    """The four graphs. Raises DexportError for options and sizes that they do not meet in."""
     config = {name: part.config for name, part in checkpoint.components.items()}
-    small, large = _samples(checkpoint, shape)
+    small, large = samples(checkpoint, shape)
     tokens = parts.tokens(checkpoint, "prior_text_encoder", "tokens")
     width = parts.whole("prior_text_encoder", config["prior_text_encoder"], "hidden_size", 512)
     projected = parts.whole("prior_text_encoder", config["prior_text_encoder"], "projection_dim", 512)
-    _check(config, width, projected, small[0])
+    check_widths(
+        config,
+        {
+            "prior_prior": {"clip_text_in_channels": width, "clip_text_pooled_in_channels": projected},
+            "decoder": {"clip_text_pooled_in_channels": projected, "effnet_in_channels": small[0]},
+        },
+    )
+    parts.whole("prior_prior", config["prior_prior"], "clip_image_in_channels", 768)
     states = Tensor("text_states", "float32", (*tokens.shape, width))
     pooled = Tensor("text_pooled", "float32", ("batch", 1, projected))
     timestep, given = Tensor("timestep", "float32", ("batch",)), Tensor(GIVEN, "float32", ("batch", *small))
@@ -102,15 +107,22 @@ def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
 
 def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
     """The prior, guided, and the decoder, which goes by the map that the prior draws."""
-    small, large = _samples(checkpoint, shape)
+    return two_stages(checkpoint, samples(checkpoint, shape), (STEPS, DECODER_STEPS))
+
+
+def two_stages(
+    checkpoint: Checkpoint, shapes: tuple[tuple[int, ...], tuple[int, ...]], steps: tuple[int, int]
+) -> tuple[Stage, ...]:
+    """The prior's loop and the decoder's, for samples of these shapes and with so many steps each."""
+    small, large = shapes
     return (
         Stage(
-            "prior", "prior", "text", None, None, small, 1, checkpoint.scheduler, Guidance("cfg", GUIDANCE), STEPS,
+            "prior", "prior", "text", None, None, small, 1, checkpoint.scheduler, Guidance("cfg", GUIDANCE), steps[0],
             gives=GIVEN,
         ),
         Stage(
             "decoder", "denoiser", "text", "decoder", None, large, _factor(checkpoint),
-            checkpoint.schedulers["scheduler"], Guidance("none", 1.0), DECODER_STEPS,
+            checkpoint.schedulers["scheduler"], Guidance("none", 1.0), steps[1],
         ),
     )  # fmt: skip
 
@@ -135,9 +147,17 @@ def _factor(checkpoint: Checkpoint) -> int:
     return parts.whole("vqgan", config, "up_down_scale_factor", 2) * halved
 
 
-def _samples(checkpoint: Checkpoint, shape: Shape) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes of the prior's map and of the latents, as diffusers' pipelines make them of a size in pixels."""
-    index, config = checkpoint.index, checkpoint.components["prior_prior"].config
+def samples(
+    checkpoint: Checkpoint, shape: Shape, option: str = "in_channels"
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of the prior's map and of the latents, as diffusers' pipelines make them of a size in pixels.
+
+    ``option``: in the two UNets' config.json, what says their channels. Raises DexportError for sizes that the two do
+    not meet in, and for free ones.
+    """
+    if shape.free:
+        raise DexportError("the maps of this model are of one size; leave --dynamic-shape out, and choose with --shape")
+    index, config = checkpoint.index, {name: part.config for name, part in checkpoint.components.items()}
     pixels = parts.number("model_index", index, "prior_resolution_multiple", PIXELS)
     latents = parts.number("model_index", index, "latent_dim_scale", LATENTS)
     if min(pixels, latents) < 1:
@@ -151,46 +171,45 @@ def _samples(checkpoint: Checkpoint, shape: Shape) -> tuple[tuple[int, ...], tup
             f"{shape.height}x{shape.width} pixels: this model's maps make {near[0]}x{near[1]} of it; choose that, or "
             "multiples of 128 pixels"
         )
-    channels = parts.whole("prior_prior", config, "in_channels", 16)
-    return (channels, *sides), (
-        parts.whole("decoder", checkpoint.components["decoder"].config, "in_channels", 4),
-        *large,
-    )
+    map_channels = parts.whole("prior_prior", config["prior_prior"], option, 16)
+    channels = parts.whole("decoder", config["decoder"], option, 4)
+    return (map_channels, *sides), (channels, *large)
 
 
-def _check(config: Mapping[str, Mapping[str, Any]], width: int, projected: int, channels: int) -> None:
-    """Raise DexportError for two UNets that do not take what the text encoder and the prior give."""
-    wanted = {
-        "prior_prior": {"clip_text_in_channels": width, "clip_text_pooled_in_channels": projected},
-        "decoder": {"clip_text_pooled_in_channels": projected, "effnet_in_channels": channels},
-    }
+def check_widths(config: Mapping[str, Mapping[str, Any]], wanted: Mapping[str, Mapping[str, int]]) -> None:
+    """Raise DexportError for UNets that do not take what the text encoders and the prior give, by option of each."""
     for name, options in wanted.items():
         for option, size in options.items():
             if config[name].get(option) != size:
                 raise DexportError(f"{name}/config.json: {option}={config[name].get(option)!r:.60} must be {size}")
-    parts.whole("prior_prior", config["prior_prior"], "clip_image_in_channels", 768)
 
 
 def build_unet(config: Mapping[str, Any]) -> Any:
-    """A UNet of this config.json, with the frequencies that it tells times by as torch computes them.
+    """A UNet of this config.json."""
+    from diffusers import StableCascadeUNet
+
+    unet = StableCascadeUNet.from_config(dict(config))
+    unet.get_timestep_ratio_embedding = times(unet, unet.config.timestep_ratio_embedding_dim)
+    return unet
+
+
+def times(unet: Any, width: int) -> Callable[[Any], Any]:
+    """What embeds times from 1 to 0, [B] to [B, ``width``], with frequencies as torch computes them, put in ``unet``.
 
     They turn through thousands of radians, so that another last bit of them would be seen in the pictures.
     """
     import torch
-    from diffusers import StableCascadeUNet
 
-    unet = StableCascadeUNet.from_config(dict(config))
-    half = unet.config.timestep_ratio_embedding_dim // 2
+    half = width // 2
     steps = torch.arange(half).float().mul(-math.log(POSITIONS) / (half - 1)).exp()
     unet.register_buffer("frequencies", steps, persistent=False)
 
     def embedding(ratio: Any) -> Any:
         angles = (ratio * POSITIONS)[:, None] * unet.frequencies
         embedded = torch.cat([angles.sin(), angles.cos()], dim=1)
-        return torch.nn.functional.pad(embedded, (0, unet.config.timestep_ratio_embedding_dim % 2))
+        return torch.nn.functional.pad(embedded, (0, width % 2))
 
-    unet.get_timestep_ratio_embedding = embedding
-    return unet
+    return embedding
 
 
 def build_paella(config: Mapping[str, Any]) -> Any:

@@ -9,14 +9,17 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.pipelines.deprecated.unclip import UnCLIPPipeline, UnCLIPTextProjModel
-from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel
+from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel, WuerstchenDiffNeXt, WuerstchenPrior
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from tests.families.small import tokenizer
 from tests.tiny import clip, conditional_unet, kl_autoencoder
 
 # What published checkpoints have for classes that diffusers itself no longer saves so that it could load them.
-LIBRARIES = {"LDMBertModel": "latent_diffusion", "PaellaVQModel": "wuerstchen", "UnCLIPTextProjModel": "unclip"}
+LIBRARIES = {
+    "LDMBertModel": "latent_diffusion", "PaellaVQModel": "wuerstchen", "UnCLIPTextProjModel": "unclip",
+    "WuerstchenDiffNeXt": "wuerstchen", "WuerstchenPrior": "wuerstchen",
+}  # fmt: skip
 WIDTH = 16  # of CLIP's embedding of a picture and of a text
 
 
@@ -175,6 +178,15 @@ def cascade_unet(**options: Any) -> Any:
     return model.eval()
 
 
+def paella() -> Any:
+    """Paella's VQ autoencoder, 4 pixels for each latent; what it starts training with at zero is random."""
+    vqgan = PaellaVQModel(bottleneck_blocks=1, embed_dim=16, num_vq_embeddings=16)
+    for name, weight in vqgan.named_parameters():
+        if name.endswith("gammas"):
+            weight.data.normal_()
+    return vqgan
+
+
 def stable_cascade(folder: Path) -> Any:
     """Stable Cascade with prior and decoder in one folder, for a picture of 128 x 128."""
     torch.manual_seed(8)
@@ -189,12 +201,37 @@ def stable_cascade(folder: Path) -> Any:
         in_channels=4, out_channels=4, patch_size=2, effnet_in_channels=8, self_attn=False,
         block_types_per_layer=(layers[:2], layers), timestep_conditioning_type=("sca",),
     )  # fmt: skip
-    vqgan = PaellaVQModel(bottleneck_blocks=1, embed_dim=16, num_vq_embeddings=16)
-    for name, weight in vqgan.named_parameters():
-        if name.endswith("gammas"):
-            weight.data.normal_()
     return save(
         folder, diffusers.StableCascadeCombinedPipeline, tokenizer=words, text_encoder=encoder, decoder=decoder,
-        scheduler=diffusers.DDPMWuerstchenScheduler(), vqgan=vqgan.eval(), prior_prior=prior, prior_tokenizer=words,
+        scheduler=diffusers.DDPMWuerstchenScheduler(), vqgan=paella(), prior_prior=prior, prior_tokenizer=words,
         prior_text_encoder=encoder, prior_scheduler=diffusers.DDPMWuerstchenScheduler(),
     )  # fmt: skip
+
+
+def wuerstchen(folder: Path) -> Any:
+    """Würstchen with prior and decoder in one folder, two text encoders among them, for a picture of 128 x 128."""
+    torch.manual_seed(9)
+    words = tokenizer(folder, "words")
+    prior = WuerstchenPrior(c_in=8, c=16, c_cond=WIDTH, c_r=16, depth=1, nhead=2)
+    decoder = WuerstchenDiffNeXt(
+        c_in=4, c_out=4, c_r=16, patch_size=2, c_cond=16, c_hidden=[16, 16], nhead=[-1, 2], blocks=[1, 1],
+        level_config=["CT", "CTA"], inject_effnet=[False, True], effnet_embd=8, clip_embd=24,
+    )  # fmt: skip
+    for model in (prior, decoder):
+        for weight in model.parameters():
+            if weight.abs().max() < 0.01:  # what they start training with at zero, or next to it
+                weight.data.normal_(std=0.2)
+    for last in (prior.out[1], decoder.clf[1]):
+        last.weight.data.mul_(0.3)  # else divisors near 0 would make each rounding large, as in no trained model
+    encoder, own_encoder = (
+        clip(len(words), hidden_size=width, num_hidden_layers=1, num_attention_heads=2) for width in (WIDTH, 24)
+    )
+    pipe = save(
+        folder, diffusers.WuerstchenCombinedPipeline, tokenizer=words, text_encoder=own_encoder, decoder=decoder,
+        scheduler=diffusers.DDPMWuerstchenScheduler(), vqgan=paella(), prior_prior=prior, prior_tokenizer=words,
+        prior_text_encoder=encoder, prior_scheduler=diffusers.DDPMWuerstchenScheduler(),
+    )  # fmt: skip
+    # diffusers repeats the states of each prompt as many times as there are prompts, and fails for more than one.
+    states = pipe.decoder_pipe.encode_prompt
+    pipe.decoder_pipe.encode_prompt = lambda prompt, device, count, *more: states(prompt, device, 1, *more)
+    return pipe

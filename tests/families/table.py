@@ -29,8 +29,8 @@ WRITERS: tuple[Make, ...] = (
     small.sdxl_inpainting, small_flow.sd_3, small_flow.flux, small_flow.qwen_image, small_flow.z_image,
     small_transformers.pixart_alpha, small_transformers.pixart_sigma, small_transformers.sana,
     small_transformers.sana_sprint, small_transformers.aura_flow, small_transformers.lumina2,
-    small_cascades.kandinsky, small_cascades.unclip, small_cascades.stable_cascade, small_ldm.ldm_text,
-    small_video.saved, small_video.saved_xl,
+    small_cascades.kandinsky, small_cascades.unclip, small_cascades.stable_cascade, small_cascades.wuerstchen,
+    small_ldm.ldm_text, small_video.saved, small_video.saved_xl,
 )  # fmt: skip
 # Checkpoints of these hold those of another and what steers it.
 STEERED = {
@@ -105,7 +105,7 @@ REASONS: tuple[tuple[str, str], ...] = (
     ("a ControlNet of another kind or another architecture than Stable Diffusion's and SDXL's", r".*Control[Nn]et.*"),
     (
         "a stage by itself; the two are exported together (`--prior`)",
-        r"KandinskyV22(Prior)?|StableCascade(Prior|Decoder)",
+        r"KandinskyV22(Prior)?|(StableCascade|Wuerstchen)(Prior|Decoder)",
     ),
 )
 

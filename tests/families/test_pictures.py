@@ -13,7 +13,7 @@ import pytest
 from runtimes.accuracy import psnr
 from runtimes.request import Request
 from tests.families.harness import Array, Built, build_all, build_engines, draws, ours, prove, theirs
-from tests.families.small_cascades import decoded, kandinsky, stable_cascade, unclip
+from tests.families.small_cascades import decoded, kandinsky, stable_cascade, unclip, wuerstchen
 from tests.families.small_ldm import ldm_text
 
 DIFFERENCE = 1e-3  # of a pixel in [0, 1]; both sides round what goes into each call of a model to float32
@@ -54,13 +54,16 @@ KINDS = [
         "consistency", decoded, {"steps": 3, "guidance": 6.0}, {"num_inference_steps": 3, "guidance_scale": 6.0},
         {"decoder": "decoder"},
     ),
-    Kind(
-        "stable-cascade", stable_cascade, {"steps": {"prior": 3, "decoder": 2}, "guidance": 3.0},
-        {
-            "prior_num_inference_steps": 3, "num_inference_steps": 2, "prior_guidance_scale": 3.0, "height": 128,
-            "width": 128,
-        },
-        shape=(128, 128),
+    *(
+        Kind(
+            make.__name__, make, {"steps": {"prior": 3, "decoder": 2}, "guidance": 3.0},
+            {
+                "prior_num_inference_steps": 3, "num_inference_steps": 2, "prior_guidance_scale": 3.0, "height": 128,
+                "width": 128,
+            },
+            shape=(128, 128),
+        )
+        for make in (stable_cascade, wuerstchen)
     ),
     Kind("ldm-text", ldm_text, {"steps": 3, "guidance": 6.0}, {"num_inference_steps": 3, "guidance_scale": 6.0}),
 ]  # fmt: skip
