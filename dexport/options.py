@@ -101,7 +101,7 @@ origin_options = together(
     click.option("--steps", type=click.IntRange(1), help="Steps of the main stage if none are asked for."),
     click.option(
         "--guidance", type=click.FloatRange(0, 1000),
-        help="The model's scale of guidance; up to 1 for one that was distilled to draw without.",
+        help="The main stage's scale of guidance; up to 1 for a model that was distilled to draw without.",
     ),
     click.option(
         "--control", "controls", multiple=True, metavar="[NAME=]FOLDER",

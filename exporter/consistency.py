@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from exporter.families import Shape, Spec, parts
 from runtimes.errors import DexportError
 from runtimes.manifest import Guidance, Stage, Tensor
@@ -45,9 +47,12 @@ def check(checkpoint: Checkpoint) -> None:
         for name, one in ((COMPONENT, part), ("vae", vae))
     )
     if own != theirs:
+        (channels, of_it), (their_channels, of_them) = (
+            (count, ", ".join(str(np.round(value, 4).tolist()) for value in both)) for count, both in (own, theirs)
+        )
         raise DexportError(
-            f"{part.path}: its latents have {own[0]} channels with scale and shift {own[1]}, those of "
-            f"{checkpoint.path} {theirs[0]} with {theirs[1]}; leave --decoder out"
+            f"{part.path}: its latents have {channels} channels with scale and shift {of_it}, those of "
+            f"{checkpoint.path} {their_channels} with {of_them}; leave --decoder out"
         )
 
 

@@ -77,8 +77,13 @@ class TorchSession:
         """Run the module in fp32 and record the call."""
         import torch
 
-        with torch.inference_mode():
-            result = self._module(*(torch.from_numpy(inputs[tensor.name]) for tensor in self._graph.inputs))
+        try:
+            with torch.inference_mode():
+                result = self._module(*(torch.from_numpy(inputs[tensor.name]) for tensor in self._graph.inputs))
+        except IndexError as error:
+            asked = ", ".join(map(str, np.unique(inputs.get("labels", []))))
+            what = f"does not take all of the labels {asked}" if asked else "does not run"
+            raise DexportError(f"the torch model of graph {self._name} {what} ({error})") from error
         values = result if isinstance(result, tuple) else (result,)
         outputs = {tensor.name: value.numpy() for tensor, value in zip(self._graph.outputs, values, strict=True)}
         for name, value in outputs.items():

@@ -64,8 +64,8 @@ def _merge(checkpoint: Checkpoint, embedding: Embedding, path: str) -> Checkpoin
     encoders = {name: part for name, part in checkpoint.components.items() if name.startswith("text_encoder")}
     if not encoders or any(part.class_name not in CLASSES for part in encoders.values()):
         raise DexportError(
-            f"{file}: embeddings are for models whose text encoders are CLIP's; leave them out for a "
-            f"{checkpoint.pipeline}"
+            f"{file}: only Stable Diffusion, SDXL and what descends from them take embeddings; leave --embedding out "
+            f"for a {checkpoint.pipeline}"
         )
     word, vectors = _read(embedding, encoders)
     if not WORD.fullmatch(word) or not word.isprintable():

@@ -283,6 +283,12 @@ def test_descriptions_that_do_not_fit(make: Any, words: str, tmp_path: Path) -> 
     with pytest.raises(DexportError, match=words) as error:
         dexport.export(make(), tmp_path / "hub")
     assert "\n" not in str(error.value)
+
+
+def test_a_label_that_the_model_does_not_take_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DexportError, match=r"graph denoiser does not take all of the labels .*99"):
+        dexport.build(classes(null_label=99), tmp_path / "bundle", targets=["onnxruntime"])
+    assert not (tmp_path / "bundle").exists()
     assert not list(tmp_path.iterdir())
 
 
