@@ -38,7 +38,7 @@ class Handle(torch.Tensor):
         if func is torch.Tensor.item:
             return source.entry.load().item()
         if func in EQUAL and isinstance(source, Handle):
-            return torch.from_numpy(stored(source).load()) == args[1]
+            return torch.from_numpy(stored(source).load() == args[1])
         if func is torch.cat and len(source) == 1:
             return source[0]
         result = super().__torch_function__(func, types, args, kwargs or {})

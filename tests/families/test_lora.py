@@ -34,14 +34,15 @@ FORMS = {
     "kohya's factors": (
         "transformer.{}.lora_down.weight", "transformer.{}.lora_up.weight", "transformer.{}.alpha"
     ),
+    "bare": ("{}.lora_down.weight", "{}.lora_up.weight", "{}.alpha"),  # as Qwen-Image-Lightning
     "OneTrainer": (
         "lora_transformer_{_}.lora_down.weight", "lora_transformer_{_}.lora_up.weight", "lora_transformer_{_}.alpha"
     ),
     "kohya": ("lora_unet_{_}.lora_down.weight", "lora_unet_{_}.lora_up.weight", "lora_unet_{_}.alpha"),
     "ComfyUI": ("diffusion_model.{}.lora_A.weight", "diffusion_model.{}.lora_B.weight", "diffusion_model.{}.alpha"),
 }  # fmt: skip
-# The last two have the names of a model's first code, which in these families is not diffusers'.
-OTHERS = {"flux": ("kohya", "ComfyUI"), "sd_3": (), "lumina2": ("ComfyUI",)}
+# Without diffusers' prefix, names are those of a model's first code, which in these families are others.
+OTHERS = {"flux": ("bare", "kohya", "ComfyUI"), "sd_3": (), "lumina2": ("ComfyUI",)}
 
 
 def factors(shape: tuple[int, ...], rank: int = RANK) -> tuple[torch.Tensor, torch.Tensor]:
