@@ -208,7 +208,13 @@ def test_a_converter_may_cut_and_turn_but_not_compute(tmp_path: Path) -> None:
     ):
         assert np.array_equal(handles.stored(cut(handle)).load(), cut(torch.from_numpy(value)).numpy())
     assert isinstance(handles.stored(handle[6:]), Entry)
-    for compute in (lambda w: w + 1, lambda w: torch.cat([w, w])):
+
+    def swap(w: Any) -> Any:
+        return torch.cat([w[8:] * torch.tensor(1.0), torch.cat([w[:2]]), w[2:8]])
+
+    assert np.array_equal(handles.stored(swap(handle)).load(), swap(torch.from_numpy(value)).numpy())
+    assert (handle[:3] == 0).equal(torch.from_numpy(value[:3]) == 0)
+    for compute in (lambda w: w + 1, lambda w: torch.cat([w, w], 1), lambda w: swap(w)[:2], lambda w: w * 2):
         with pytest.raises(RuntimeError, match="may only cut and turn"):
             compute(handle)
 
