@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from exporter.families import Shape, Spec, parts
 from runtimes.errors import DexportError
 from runtimes.manifest import Guidance, Stage, Tensor
@@ -37,8 +39,8 @@ def check(checkpoint: Checkpoint) -> None:
     part, vae = checkpoint.components[COMPONENT], checkpoint.components.get("vae")
     if vae is None:
         raise DexportError(
-            f"{part.path}: it is for the latents of an AutoencoderKL, and a {checkpoint.pipeline} has none; leave "
-            "--decoder out"
+            f"{part.path}: it draws from latents of Stable Diffusion 1's autoencoder, which a {checkpoint.pipeline} "
+            "does not have; leave --decoder out"
         )
     own, theirs = (
         (parts.whole(name, one.config, "latent_channels", 4), parts.latent_scale(name, one.config))
@@ -46,9 +48,14 @@ def check(checkpoint: Checkpoint) -> None:
     )
     if own != theirs:
         raise DexportError(
-            f"{part.path}: its latents have {own[0]} channels with scale and shift {own[1]}, those of "
-            f"{checkpoint.path} {theirs[0]} with {theirs[1]}; leave --decoder out"
+            f"{part.path}: its latents have {_described(*own)}, those of {checkpoint.path} {_described(*theirs)}; "
+            "leave --decoder out"
         )
+
+
+def _described(channels: int, normal: tuple[Any, Any]) -> str:
+    scale, shift = (", ".join(f"{number:.4g}" for number in np.atleast_1d(value)) for value in normal)
+    return f"{channels} channels, scale {scale}, shift {shift}"
 
 
 def specs(checkpoint: Checkpoint, shape: Shape) -> dict[str, Spec]:
