@@ -77,8 +77,16 @@ class TorchSession:
         """Run the module in fp32 and record the call."""
         import torch
 
-        with torch.inference_mode():
-            result = self._module(*(torch.from_numpy(inputs[tensor.name]) for tensor in self._graph.inputs))
+        try:
+            with torch.inference_mode():
+                result = self._module(*(torch.from_numpy(inputs[tensor.name]) for tensor in self._graph.inputs))
+        except IndexError as error:
+            if "labels" not in inputs:
+                raise
+            raise DexportError(
+                f"{self._name}: it does not take {inputs['labels'].max()} as a label ({error}); labels and null_label "
+                "must be those that it was made for"
+            ) from error
         values = result if isinstance(result, tuple) else (result,)
         outputs = {tensor.name: value.numpy() for tensor, value in zip(self._graph.outputs, values, strict=True)}
         for name, value in outputs.items():
@@ -110,7 +118,7 @@ def record(checkpoint: Checkpoint, model: Model, hub: Path, progress: Progress =
     last = model.stages[-1]
     size = (last.sample[1] * last.factor, last.sample[2] * last.factor)
     open_graph = one_at_a_time(lambda name: TorchSession(checkpoint, name, model.graphs[name], calls[name], size))
-    request = example.request(model, example.first(model), steps=cascade.few(model.stages, STEPS))
+    request = example.request(model, example.one(model), steps=cascade.few(model.stages, STEPS))
     pipeline = Pipeline(model, hub, open_graph)
     latents = []
     for step in pipeline.generate(request):

@@ -286,6 +286,14 @@ def test_descriptions_that_do_not_fit(make: Any, words: str, tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("changes", "label"), [({"labels": NONE + 4}, NONE + 3), ({"null_label": NONE + 1}, NONE + 1)])
+def test_a_label_that_the_denoiser_does_not_have(tmp_path: Path, changes: dict[str, int], label: int) -> None:
+    with pytest.raises(DexportError, match=f"denoiser: it does not take {label} as a label .*null_label") as error:
+        dexport.build(classes(**changes), tmp_path / "bundle", targets="onnxruntime")
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_only_for_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DexportError, match="takes nothing that is said of files"):
         dexport.export(dexport.Origin(classes(), clip_skip=2), tmp_path / "hub")
