@@ -103,20 +103,21 @@ class Pipeline:
 
     def _unused(self, request: Request) -> list[str]:
         """A warning for each setting that has nothing to act on."""
-        guided = any(
-            way[0].guidance.kind == "cfg" and (guidance.numbers(scale(self.model, request, way)) > 1).any()
+        main, kind = cascade.main(self.model.stages), self._main.guidance.kind
+        guided = [
+            way
             for way in cascade.ways(self.model.stages)
-        )
-        if guided:
-            return []
-        asked = {
-            "the negative prompt": request.negative_prompt != "",
-            "guidance_rescale": request.guidance_rescale != 0,
+            if way[0].guidance.kind == "cfg" and (guidance.numbers(scale(self.model, request, way)) > 1).any()
+        ]
+        unused = {
+            "the negative prompt": request.negative_prompt != "" and not guided,
+            "guidance_rescale": request.guidance_rescale != 0 and main not in guided,
+            "guidance_interval": _plain(request.guidance_interval) != [0.0, 1.0]
+            and main not in guided
+            and kind != "embedded",
         }
-        why = (
-            "guidance is off" if self._main.guidance.kind == "cfg" else "this model is not guided by a negative prompt"
-        )
-        return [f"{why}: {name} was left out" for name, given in asked.items() if given]
+        why = "guidance is off" if kind == "cfg" else "this model is not guided by a negative prompt"
+        return [f"{why}: {name} was left out" for name, left in unused.items() if left]
 
     def generate(
         self, request: Request, noise: Callable[[], Array] | Sequence[Callable[[], Array]] | None = None
