@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -368,8 +369,8 @@ def verify(context: click.Context, bundle: Path, threads: int | None, as_json: b
         checks = dexport.verify(bundle, threads=threads, progress=progress)
     passed = all(check.passed for check in checks) if checks else None
     if as_json:
-        each = [{**vars(check), "passed": check.passed} for check in checks]
-        console.print_json({"passed": passed, "checks": each})
+        every = [{**asdict(check), "passed": check.passed} for check in checks]
+        console.print_json({"passed": passed, "checks": every})
     else:
         tables.checks(checks)
     if passed is None:

@@ -98,7 +98,7 @@ origin_options = together(
     ),
     click.option("--frames", type=click.IntRange(1), help="Frames of each video; the model's own number by default."),
     click.option(
-        "--sampler", type=SamplerName(), help="Sampler of the main stage, the last one guided; the checkpoint's if none."
+        "--sampler", type=SamplerName(), help="Sampler of the main stage, the last one guided; by default its own."
     ),
     click.option("--steps", type=click.IntRange(1), help="Steps of the main stage where `run` is asked for none."),
     click.option(

@@ -21,10 +21,10 @@ from exporter.gate import STEPS
 from exporter.weights import parameter_shapes
 
 LIBRARIES = 0.7e9  # bytes that torch, diffusers and a runtime take by themselves
-STREAMED = 3  # copies of the largest weight in fp32 while it is turned and written
+STREAMED = 2  # copies of the largest weight in fp32 while it is turned and written
 SESSION = 1.2  # times a graph's weights in fp32, while a runtime loads and lays them out
-TRACING = 0.03  # seconds for each tensor of weights
-STARTING = 10.0  # seconds: imports, and graphs without many weights
+TRACING = 0.024  # seconds for each tensor of weights
+STARTING = 5.0  # seconds: imports, and graphs without many weights
 WRITING = 4.0  # seconds for each GB of the hub, hashing and checking included
 USED = 0.5  # of the speed of a matrix product: convolutions, attention, and all that is not multiplied
 RUNS = 3  # of each model call: the reference, each graph alone, the free run

@@ -81,12 +81,9 @@ class TorchSession:
             with torch.inference_mode():
                 result = self._module(*(torch.from_numpy(inputs[tensor.name]) for tensor in self._graph.inputs))
         except IndexError as error:
-            if "labels" not in inputs:
-                raise
-            raise DexportError(
-                f"{self._name}: it does not take {inputs['labels'].max()} as a label ({error}); labels and null_label "
-                "must be those that it was made for"
-            ) from error
+            labels = inputs.get("labels")
+            what = "does not run" if labels is None else f"does not take the label {labels.max()}"
+            raise DexportError(f"the torch model of graph {self._name} {what} ({error})") from error
         values = result if isinstance(result, tuple) else (result,)
         outputs = {tensor.name: value.numpy() for tensor, value in zip(self._graph.outputs, values, strict=True)}
         for name, value in outputs.items():

@@ -62,12 +62,11 @@ def _merge(checkpoint: Checkpoint, embedding: Embedding, path: str) -> Checkpoin
 
     file = embedding.file
     encoders = {name: part for name, part in checkpoint.components.items() if name.startswith("text_encoder")}
-    if any(name.startswith("prior") for name in checkpoint.components):
-        raise DexportError(f"{file}: no words are added to a model that has a prior; leave --embedding out")
-    if not encoders or any(part.class_name not in CLASSES for part in encoders.values()):
+    has_prior = any(name.startswith("prior") for name in checkpoint.components)  # diffusers has no learned words there
+    if has_prior or not encoders or any(part.class_name not in CLASSES for part in encoders.values()):
         raise DexportError(
-            f"{file}: embeddings are for models whose text encoders are CLIP's; leave them out for a "
-            f"{checkpoint.pipeline}"
+            f"{file}: only Stable Diffusion, SDXL and what descends from them take embeddings; leave --embedding out "
+            f"for a {checkpoint.pipeline}"
         )
     word, vectors = _read(embedding, encoders)
     if not WORD.fullmatch(word) or not word.isprintable():

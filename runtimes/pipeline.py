@@ -103,7 +103,6 @@ class Pipeline:
 
     def _unused(self, request: Request) -> list[str]:
         """A warning for each setting that has nothing to act on."""
-        main, kind = cascade.main(self.model.stages), self._main.guidance.kind
         guided = [
             way
             for way in cascade.ways(self.model.stages)
@@ -111,12 +110,11 @@ class Pipeline:
         ]
         unused = {
             "the negative prompt": request.negative_prompt != "" and not guided,
-            "guidance_rescale": request.guidance_rescale != 0 and main not in guided,
-            "guidance_interval": _plain(request.guidance_interval) != [0.0, 1.0]
-            and main not in guided
-            and kind != "embedded",
+            "guidance_rescale": request.guidance_rescale != 0 and cascade.main(self.model.stages) not in guided,
         }
-        why = "guidance is off" if kind == "cfg" else "this model is not guided by a negative prompt"
+        why = (
+            "guidance is off" if self._main.guidance.kind == "cfg" else "this model is not guided by a negative prompt"
+        )
         return [f"{why}: {name} was left out" for name, left in unused.items() if left]
 
     def generate(

@@ -99,7 +99,7 @@ def test_unguided_base_of_a_consistency_decoder_stays_unguided(folder: Path) -> 
         (Origin("sd", decoder="nowhere"), "nowhere: no such folder"),
         (Origin("sd", decoder="both"), "both: a whole checkpoint; give the folder of the one component"),
         (Origin("both", decoder="consistency"), "Stable Diffusion 1's autoencoder, which a KandinskyV22Combined"),
-        (Origin("both", embeddings=["word.safetensors"]), "no words are added to a model that has a prior"),
+        (Origin("both", embeddings=["word.safetensors"]), "leave --embedding out for a KandinskyV22Combined"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(folder: Path, origin: Origin, said: str) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
 import pytest
 import torch
 
@@ -16,14 +15,7 @@ from exporter import ensemble, hub, reference
 from exporter.checkpoint import Checkpoint
 from exporter.ensemble import Origin
 from exporter.families import Shape
-from exporter.gate import TorchSession
-from runtimes.check import check_model
 from runtimes.errors import DexportError
-from runtimes.manifest import Graph, Model
-from runtimes.pipeline import Pipeline
-from runtimes.request import Request
-from tests.families import small
-from tests.families.harness import draw, same_noise
 from tests.families.small_video import LONGEST, adapter, animatediff
 
 SHAPE = Shape(16, 16, free=False)
@@ -116,36 +108,3 @@ def test_what_is_no_adapter_for_the_model_is_refused(folder: Path, tmp_path: Pat
         DexportError, match="takes no motion adapter; only StableDiffusionPipeline and StableDiffusionXLPipeline do"
     ):
         ensemble.read(Origin(tmp_path / "alone", motion_adapter=folder / "adapter"))
-
-
-def test_xl_draws_what_diffusers_draws(tmp_path: Path) -> None:
-    """In torch, graph by graph through our pipeline: what AnimateDiff with XL has beyond its two halves is no graph."""
-    small.sdxl(tmp_path / "xl")
-    moving = adapter(block_out_channels=(32, 64))
-    moving.save_pretrained(tmp_path / "adapter")
-    checkpoint = ensemble.read(Origin(tmp_path / "xl", motion_adapter=tmp_path / "adapter", frames=3))
-    shape = Shape(32, 32, free=False)
-    graphs = {
-        name: Graph(spec.kind, f"{name}/model.onnx", spec.inputs, spec.outputs)
-        for name, spec in ensemble.specs(checkpoint, shape).items()
-    }
-    model = Model(
-        checkpoint.family.NAME, checkpoint.pipeline, graphs, hub._write_tokenizers(checkpoint, tmp_path),
-        ensemble.stages(checkpoint, shape), (),
-    )  # fmt: skip
-    check_model(model, "here")
-    sessions = {name: TorchSession(checkpoint, name, graph, []) for name, graph in graphs.items()}
-    prompts = ["red apple", "a"]
-    latents, videos = draw(Pipeline(model, tmp_path, sessions.__getitem__), Request(prompts, steps=2, guidance=6.0))
-    pictures = diffusers.StableDiffusionXLPipeline.from_pretrained(tmp_path / "xl")
-    scheduler = type(pictures.scheduler).from_config(pictures.scheduler.config, beta_schedule="linear")
-    pipe = diffusers.AnimateDiffSDXLPipeline(
-        **{**pictures.components, "scheduler": scheduler, "motion_adapter": moving}
-    )
-    # diffusers leaves this one out when it makes the UNet, and so has random weights there.
-    pipe.unet.add_embedding.load_state_dict(pictures.unet.add_embedding.state_dict())
-    with same_noise():
-        expected = pipe(prompts, num_frames=3, num_inference_steps=2, guidance_scale=6.0, output_type="latent").frames
-    assert latents.shape == (2, 4, 3, 16, 16) and videos.shape == (2, 3, 3, 32, 32)
-    assert np.abs(latents - expected.numpy()).max() <= 1e-3
-    assert np.std(latents[0] - latents[1]) > 0.01 and np.std(latents[:, :, 0] - latents[:, :, 1]) > 0.01

@@ -39,6 +39,24 @@ def animatediff(folder: Path) -> Any:
     return diffusers.AnimateDiffPipeline(**{**parts, "scheduler": scheduler}, motion_adapter=moving)
 
 
+def animatediff_xl(folder: Path) -> Any:
+    """Likewise with Stable Diffusion XL, whose autoencoder has no mean of latents: diffusers' videos leave it out."""
+    sdxl(folder)
+    vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae")
+    vae.register_to_config(latents_mean=None, latents_std=None)
+    vae.save_pretrained(folder / "vae")
+    pictures = diffusers.StableDiffusionXLPipeline.from_pretrained(folder)
+    moving = adapter(block_out_channels=tuple(pictures.unet.config.block_out_channels))
+    moving.save_pretrained(folder.with_name("adapter"))
+    scheduler = type(pictures.scheduler).from_config(pictures.scheduler.config, beta_schedule="linear")
+    pipe = diffusers.AnimateDiffSDXLPipeline(
+        **{**pictures.components, "scheduler": scheduler, "motion_adapter": moving}
+    )
+    # diffusers leaves this one out when it makes the UNet, and so has random weights there.
+    pipe.unet.add_embedding.load_state_dict(pictures.unet.add_embedding.state_dict())
+    return pipe
+
+
 def saved(folder: Path) -> None:
     """As diffusers saves its pipeline: all in the UNet, and the adapter beside it once more."""
     animatediff(folder.with_name("pictures")).save_pretrained(folder)
@@ -46,7 +64,4 @@ def saved(folder: Path) -> None:
 
 def saved_xl(folder: Path) -> None:
     """Likewise of Stable Diffusion XL."""
-    sdxl(folder.with_name("pictures"))
-    pictures = diffusers.StableDiffusionXLPipeline.from_pretrained(folder.with_name("pictures"))
-    moving = adapter(block_out_channels=tuple(pictures.unet.config.block_out_channels))
-    diffusers.AnimateDiffSDXLPipeline(**pictures.components, motion_adapter=moving).save_pretrained(folder)
+    animatediff_xl(folder.with_name("pictures")).save_pretrained(folder)

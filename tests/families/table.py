@@ -43,7 +43,6 @@ HEAD = """# Families
 What the pipeline classes of diffusers {version} are to dexport. Of each that is exported a test builds a small
 checkpoint, of diffusers' own classes with random weights, for ONNX Runtime and OpenVINO, compares what the bundles draw
 with diffusers' own pipeline on the same noise, and compiles the denoisers for TensorRT. An engine has not been run yet.
-(`AnimateDiffSDXLPipeline` is compared in torch alone: its graphs are SDXL's and AnimateDiff's.)
 
 This page is written by `python -m tests.families.table`; a test holds it to the code and to the installed diffusers.
 

@@ -318,7 +318,7 @@ def test_other_embeddings_that_do_not_fit(tiny_sd: Path, tiny_sdxl: Path, tmp_pa
 
 def test_a_model_without_words_learns_none(tmp_path: Path) -> None:
     write_ddpm(tmp_path / "checkpoint")
-    with pytest.raises(DexportError, match="whose text encoders are CLIP's; leave them out for a DDPMPipeline"):
+    with pytest.raises(DexportError, match="take embeddings; leave --embedding out for a DDPMPipeline"):
         read(tmp_path, ONE)
 
 

@@ -19,7 +19,7 @@ from runtimes.bundle import verify
 from runtimes.errors import DexportError
 from runtimes.request import Request
 from tests.families.harness import Array, Built, build_all, build_engines, draw, same_noise
-from tests.families.small_video import animatediff
+from tests.families.small_video import animatediff, animatediff_xl
 
 FRAMES, STEPS, GUIDANCE = 4, 3, 6.0
 PROMPTS = ("red apple", "a")
@@ -29,17 +29,19 @@ PICTURES = 45.0  # dB
 
 @dataclass(frozen=True)
 class Made:
-    """The bundles, and what diffusers draws: last latents [B, C, F, h, w] and videos [B, F, 3, H, W]."""
+    """The bundles, and what diffusers draws: last latents [B, C, F, h, w] and videos [B, F, 3, side, side]."""
 
+    side: int
     built: Built
     latents: Array
     videos: Array
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+@pytest.fixture(scope="module", params=[(animatediff, 16), (animatediff_xl, 32)], ids=["sd", "sdxl"])
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    make, side = request.param
     folder, kept = tmp_path_factory.mktemp("video"), []
-    pipe = animatediff(folder / "checkpoint")
+    pipe = make(folder / "checkpoint")
     pipe.set_progress_bar_config(disable=True)
 
     def keep(pipe: Any, index: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -52,13 +54,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
             output_type="np", callback_on_step_end=keep,
         ).frames  # fmt: skip
     built = build_all(folder / "checkpoint", folder, motion_adapter=folder / "adapter", frames=FRAMES)
-    return Made(built, kept[-1], np.asarray(frames).transpose(0, 1, 4, 2, 3))
+    return Made(side, built, kept[-1], np.asarray(frames).transpose(0, 1, 4, 2, 3))
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
 def test_bundle_draws_what_diffusers_draws(made: Made, name: str) -> None:
     latents, videos = draw(made.built.pipeline(name), Request(PROMPTS, steps=STEPS, guidance=GUIDANCE))
-    assert videos.shape == made.videos.shape == (2, FRAMES, 3, 16, 16)
+    assert videos.shape == made.videos.shape == (2, FRAMES, 3, made.side, made.side)
     assert np.abs(latents - made.latents).max() <= DIFFERENCE
     assert np.abs(videos - made.videos).max() <= DIFFERENCE
     assert psnr(made.videos, videos) >= PICTURES
@@ -70,7 +72,7 @@ def test_bundle_proves_itself(made: Made) -> None:
     checks, found, times = verify(folder), inspect(folder), bench(folder, repeats=1)
     assert all(check.passed for check in checks)
     assert {check.graph for check in checks} == set(found["graphs"]) == {"text", "denoiser", "decoder"}
-    assert (found["image"], found["frames"]) == ("16x16 pixels", "4, 8 a second")
+    assert (found["image"], found["frames"]) == (f"{made.side}x{made.side} pixels", "4, 8 a second")
     assert set(times["graphs"]) == set(found["graphs"]) and times["frames"] == FRAMES
     report = (folder / "report.html").read_text()
     assert report.count("<figure class=frames>") == 3 and "4, 8 a second" in report
@@ -84,6 +86,7 @@ def run(capsys: pytest.CaptureFixture[str], bundle: Path, *words: object) -> tup
     return int(stop.value.code or 0), printed.out, printed.err
 
 
+@pytest.mark.parametrize("made", [(animatediff, 16)], indirect=True, ids=["sd"])
 def test_run_writes_videos(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bundle = made.built.bundles["onnxruntime"]
     code, out, _ = run(capsys, bundle, "-n", 2, "--seed", 3, "--fps", 10, "-o", tmp_path / "a.gif", "--json")
@@ -105,6 +108,7 @@ def test_run_writes_videos(made: Made, tmp_path: Path, capsys: pytest.CaptureFix
     assert len(list((tmp_path / "frames").iterdir())) == FRAMES
 
 
+@pytest.mark.parametrize("made", [(animatediff, 16)], indirect=True, ids=["sd"])
 def test_what_a_video_cannot_be_asked_for(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bundle, picture = made.built.bundles["onnxruntime"], Image.new("RGB", (16, 16))
     code, _, error = run(capsys, bundle, "-o", tmp_path / "a.jpg")

@@ -157,15 +157,18 @@ def test_main_way_is_the_last_that_is_guided() -> None:
 
 
 def test_what_has_nothing_to_act_on_is_said(tmp_path: Path) -> None:
-    """The interval and the rescaling are of the main way alone."""
-    made, _ = pipeline(model(), tmp_path)
-    asked = {"guidance_interval": (0.0, 0.6), "guidance_rescale": 0.5, "negative_prompt": "table"}
-    left = [f"guidance is off: {name} was left out" for name in ("guidance_rescale", "guidance_interval")]
+    """The rescaling and the interval are of the main way alone."""
+    made, sessions = pipeline(model(), tmp_path)
+    asked = {"guidance_rescale": 0.5, "negative_prompt": "table"}
+    left = ["guidance is off: guidance_rescale was left out"]
     assert made._unused(Request(["red"], **asked)) == []
     assert made._unused(Request(["red"], guidance=1.0, **asked)) == left
     off = made._unused(Request(["red"], guidance={"": 1.0, "prior": 1.0}, **asked))
     assert off == ["guidance is off: the negative prompt was left out", *left]
-    assert made._unused(Request(["red"], guidance=1.0)) == []
+    for interval in ((0.0, 0.6), 0.5):
+        with pytest.raises(DexportError, match="guidance_interval is the part"):
+            list(made.generate(Request(["red"], guidance=1.0, guidance_interval=interval)))
+    assert not sessions["prior"].calls
 
 
 def test_a_picture_without_an_encoder_is_said_first(tmp_path: Path) -> None:

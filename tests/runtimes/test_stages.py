@@ -145,6 +145,8 @@ def test_what_a_model_was_not_made_for_is_refused(tmp_path: Path) -> None:
     distilled, _ = pipeline(model(guidance=Guidance("none", 0.0)), tmp_path)
     with pytest.raises(DexportError, match="made to draw without guidance"):
         last(distilled, guidance=5)
+    with pytest.raises(DexportError, match="guidance_interval is the part of the steps that is guided, and none is"):
+        last(distilled, guidance_interval=(0.2, 0.8))
     assert last(distilled, guidance=0).total == 10
     reworks, _ = pipeline(model(strength=0.3), tmp_path)
     with pytest.raises(DexportError, match="reworks pictures and draws none from noise; give one with --image"):
