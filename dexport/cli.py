@@ -221,7 +221,7 @@ def compile_(
 @click.option("--class", "labels", multiple=True, help="Class of a model that has some: name or number. Likewise.")
 @click.option(
     "--steps", type=ByStage(click.IntRange(1)), multiple=True, callback=ByStage.together,
-    help="Steps of the sampler; prior=10 is of another stage than the main one, where a model has several.",
+    help="Steps of the main stage (the last one guided); prior=10 is of another, where a model has several.",
 )  # fmt: skip
 @click.option(
     "--guidance", type=ByStage(Numbers()), multiple=True, callback=ByStage.together,
@@ -256,7 +256,7 @@ def compile_(
     "-n", "--images", type=click.IntRange(1), default=1, show_default=True, help="Images for each prompt or class."
 )
 @click.option("--fps", type=click.FloatRange(0, min_open=True), help="Frames a second of a video.")
-@click.option("--sampler", type=SamplerName(), help="Another sampler than the checkpoint's.")
+@click.option("--sampler", type=SamplerName(), help="Another sampler than the checkpoint's, of the main stage.")
 @click.option("--size", type=Shape(), help="Size of the images, where the bundle is of dynamic shape.")
 @click.option(
     "--guidance-batch", type=click.Choice(["batched", "sequential"]), default="batched", show_default=True,

@@ -184,7 +184,7 @@ class HintFile(click.ParamType):  # type: ignore[type-arg]  # generic only in la
         """Return the name, "" if there is none, the file, and what else is said as arguments of ``dexport.Hint``."""
         if not isinstance(value, str):
             return value
-        found = re.fullmatch(r"(?:([a-z][a-z0-9_]*)=)?(.+?)(?::(-?[\d.]+)(?::([\d.]+,[\d.]+))?)?", value, re.ASCII)
+        found = re.fullmatch(r"(?:([\w-]+)=)?(.+?)(?::(-?[\d.]+)(?::([\d.]+,[\d.]+))?)?", value, re.ASCII)
         try:
             name, file, scale, interval = found.groups() if found else ("", "", None, None)
             how: dict[str, Any] = {} if scale is None else {"scale": float(scale)}
@@ -193,7 +193,7 @@ class HintFile(click.ParamType):  # type: ignore[type-arg]  # generic only in la
             file = ""
         if not file:
             self.fail(f"{value!r} is not [NAME=]FILE[:SCALE[:START,END]], like canny=edges.png:0.8:0,0.6", param, ctx)
-        return name or "", Path(file), how
+        return (name or "").lower(), Path(file), how
 
 
 class ByStage(click.ParamType):  # type: ignore[type-arg]  # generic only in later clicks

@@ -97,11 +97,13 @@ origin_options = together(
         "--motion-adapter", type=FOLDER, help="AnimateDiff's, for a Stable Diffusion 1.x or XL that then draws videos."
     ),
     click.option("--frames", type=click.IntRange(1), help="Frames of each video; the model's own number by default."),
-    click.option("--sampler", type=SamplerName(), help="The model's sampler, in place of the checkpoint's."),
-    click.option("--steps", type=click.IntRange(1), help="Steps of the main stage if none are asked for."),
+    click.option(
+        "--sampler", type=SamplerName(), help="Sampler of the main stage, the last one guided; by default its own."
+    ),
+    click.option("--steps", type=click.IntRange(1), help="Steps of the main stage where `run` is asked for none."),
     click.option(
         "--guidance", type=click.FloatRange(0, 1000),
-        help="The main stage's scale of guidance; up to 1 for a model that was distilled to draw without.",
+        help="Scale of guidance of the main stage, likewise; up to 1 for a model that was distilled to draw without.",
     ),
     click.option(
         "--control", "controls", multiple=True, metavar="[NAME=]FOLDER",

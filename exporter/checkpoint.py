@@ -27,6 +27,11 @@ STEMS = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' nam
 VARIANTS = ("fp32", "bf16", "fp16")  # where there is no plain file: the most exact one first
 # A component of another library is code that comes with the checkpoint; the last ones are modules of diffusers.
 LIBRARIES = ("diffusers", "transformers", "latent_diffusion", "stable_cascade", "unclip", "wuerstchen")
+# What is given beside a checkpoint in a folder of its own, by the class that its config.json names.
+BESIDE = {
+    "ControlNetModel": "--control", "T2IAdapter": "--control", "CLIPVisionModelWithProjection": "--image-encoder",
+    "MotionAdapter": "--motion-adapter", "ConsistencyDecoderVAE": "--decoder",
+}  # fmt: skip
 TOKENIZER_FILES = (
     "tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model", "added_tokens.json",
     "tokenizer_config.json", "special_tokens_map.json",
@@ -210,9 +215,20 @@ def _read_index(folder: Path) -> dict[str, Any]:
     for path in sorted(folder.iterdir()):
         if path.suffix in PICKLES:
             raise _pickle(path)
-    if (folder.parent / "model_index.json").is_file() and (folder / "config.json").is_file():
-        raise DexportError(f"{folder}: one component of a checkpoint; give the whole: {folder.parent}")
+    if (folder / "config.json").is_file():
+        if (folder.parent / "model_index.json").is_file():
+            raise DexportError(f"{folder}: one component of a checkpoint; give the whole: {folder.parent}")
+        for name in classes_of(read_json(folder / "config.json")):
+            if name in BESIDE:
+                raise DexportError(f"{folder}: a {name}; give it beside its checkpoint, with {BESIDE[name]}")
     raise DexportError(f"{folder}: not a diffusers checkpoint: it has no model_index.json")
+
+
+def classes_of(config: Mapping[str, Any]) -> list[str]:
+    """The classes that a config.json names: diffusers' of it, transformers' several."""
+    several = config.get("architectures")
+    named = [config.get("_class_name"), *(several if isinstance(several, list) else [])]
+    return [name for name in named if isinstance(name, str)]
 
 
 def _pickle(path: Path) -> DexportError:
@@ -264,6 +280,8 @@ def _numbers(value: Any) -> Iterator[float]:
 def read_json(path: Path, *, finite: bool = True) -> dict[str, Any]:
     """Read a configuration; DexportError for one that is missing or no JSON object."""
     if not path.is_file():
+        if (path.parent / "model_index.json").is_file():
+            raise DexportError(f"{path.parent}: a whole checkpoint; give the folder of the one component that is meant")
         raise DexportError(f"{path}: missing; the checkpoint is not whole")
     try:
         value = strict_json.loads(path.read_text(encoding="utf-8"), finite=finite)

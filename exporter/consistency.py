@@ -39,21 +39,23 @@ def check(checkpoint: Checkpoint) -> None:
     part, vae = checkpoint.components[COMPONENT], checkpoint.components.get("vae")
     if vae is None:
         raise DexportError(
-            f"{part.path}: it is for the latents of an AutoencoderKL, and a {checkpoint.pipeline} has none; leave "
-            "--decoder out"
+            f"{part.path}: it draws from latents of Stable Diffusion 1's autoencoder, which a {checkpoint.pipeline} "
+            "does not have; leave --decoder out"
         )
     own, theirs = (
         (parts.whole(name, one.config, "latent_channels", 4), parts.latent_scale(name, one.config))
         for name, one in ((COMPONENT, part), ("vae", vae))
     )
     if own != theirs:
-        (channels, of_it), (their_channels, of_them) = (
-            (count, ", ".join(str(np.round(value, 4).tolist()) for value in both)) for count, both in (own, theirs)
-        )
         raise DexportError(
-            f"{part.path}: its latents have {channels} channels with scale and shift {of_it}, those of "
-            f"{checkpoint.path} {their_channels} with {of_them}; leave --decoder out"
+            f"{part.path}: its latents have {_described(*own)}, those of {checkpoint.path} {_described(*theirs)}; "
+            "leave --decoder out"
         )
+
+
+def _described(channels: int, normal: tuple[Any, Any]) -> str:
+    scale, shift = (", ".join(f"{number:.4g}" for number in np.atleast_1d(value)) for value in normal)
+    return f"{channels} channels, scale {scale}, shift {shift}"
 
 
 def specs(checkpoint: Checkpoint, shape: Shape) -> dict[str, Spec]:

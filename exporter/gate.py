@@ -81,8 +81,8 @@ class TorchSession:
             with torch.inference_mode():
                 result = self._module(*(torch.from_numpy(inputs[tensor.name]) for tensor in self._graph.inputs))
         except IndexError as error:
-            asked = ", ".join(map(str, np.unique(inputs.get("labels", []))))
-            what = f"does not take all of the labels {asked}" if asked else "does not run"
+            labels = inputs.get("labels")
+            what = "does not run" if labels is None else f"does not take the label {labels.max()}"
             raise DexportError(f"the torch model of graph {self._name} {what} ({error})") from error
         values = result if isinstance(result, tuple) else (result,)
         outputs = {tensor.name: value.numpy() for tensor, value in zip(self._graph.outputs, values, strict=True)}
@@ -115,7 +115,7 @@ def record(checkpoint: Checkpoint, model: Model, hub: Path, progress: Progress =
     last = model.stages[-1]
     size = (last.sample[1] * last.factor, last.sample[2] * last.factor)
     open_graph = one_at_a_time(lambda name: TorchSession(checkpoint, name, model.graphs[name], calls[name], size))
-    request = example.request(model, example.first(model), steps=cascade.few(model.stages, STEPS))
+    request = example.request(model, example.one(model), steps=cascade.few(model.stages, STEPS))
     pipeline = Pipeline(model, hub, open_graph)
     latents = []
     for step in pipeline.generate(request):

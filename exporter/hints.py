@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from exporter import ip_adapter
-from exporter.checkpoint import Checkpoint, Component, read_json, read_weights
+from exporter.checkpoint import Checkpoint, Component, classes_of, read_json, read_weights
 from exporter.ip_adapter import IMAGE_ENCODER
 from runtimes.check import NEGATIVE
 from runtimes.errors import DexportError
@@ -123,10 +123,10 @@ def _read_folder(named: Named, classes: Sequence[str], files: dict[str, Path]) -
         raise DexportError(f"{folder}: no such folder; {' or '.join(classes)} is read from a folder of diffusers")
     used["config.json"] = folder / "config.json"
     config = read_json(used["config.json"])
-    named_classes = [config.get("_class_name"), *(config.get("architectures") or [])]
+    named_classes = classes_of(config)
     found = [name for name in classes if name in named_classes]
     if not found:
-        said = next(filter(None, named_classes), None)
+        said = next(iter(named_classes), None)
         raise DexportError(f"{folder}: config.json says {said!r:.60}; it must be {' or '.join(classes)}")
     entries = read_weights(folder, named.name, used)
     files |= {f"{named.name}/{path.name}": path for path in used.values()}

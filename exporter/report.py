@@ -91,8 +91,11 @@ def _pictures(model: Model, reference: Reference, image: NDArray[Any] | None) ->
         for what, array in shown
     ]
     request = reference.request
-    of = " ".join(f"{name} “{value}”," for name, value in subject.settings(model, request, 0).items())
-    return f"<p>{escape(of)} {cascade.described(request.steps)} steps, seed {request.seed}</p>\n" + "\n".join(figures)
+    of = subject.settings(model, request, 0)
+    if "class_name" in of:
+        of = {f"class {of['class']}": of["class_name"]}
+    said = " ".join(f"{name} “{value}”," for name, value in of.items())
+    return f"<p>{escape(said)} {cascade.described(request.steps)} steps, seed {request.seed}</p>\n" + "\n".join(figures)
 
 
 def _picture(array: NDArray[Any]) -> Image.Image:

@@ -62,7 +62,8 @@ def _merge(checkpoint: Checkpoint, embedding: Embedding, path: str) -> Checkpoin
 
     file = embedding.file
     encoders = {name: part for name, part in checkpoint.components.items() if name.startswith("text_encoder")}
-    if not encoders or any(part.class_name not in CLASSES for part in encoders.values()):
+    has_prior = any(name.startswith("prior") for name in checkpoint.components)  # diffusers has no learned words there
+    if has_prior or not encoders or any(part.class_name not in CLASSES for part in encoders.values()):
         raise DexportError(
             f"{file}: only Stable Diffusion, SDXL and what descends from them take embeddings; leave --embedding out "
             f"for a {checkpoint.pipeline}"

@@ -86,7 +86,7 @@ def bench(
 def _warm(pipeline: Pipeline, images: int) -> None:
     """Go each graph's way once with the shapes of the request that is timed: a new shape may cost a compilation."""
     model = pipeline.model
-    request = example.request(model, example.first(model), images=images)
+    request = example.request(model, example.one(model), images=images)
     if len(cascade.ways(model.stages)) > 1:
         *_, step = pipeline.generate(replace(request, steps=cascade.few(model.stages, FEWEST)))
     else:
@@ -96,7 +96,7 @@ def _warm(pipeline: Pipeline, images: int) -> None:
 
 def _image(pipeline: Pipeline, images: int) -> dict[str, Any]:
     """Time one request, from its prompt to its pixels, and the steps in it."""
-    request = example.request(pipeline.model, example.first(pipeline.model), images=images)
+    request = example.request(pipeline.model, example.one(pipeline.model), images=images)
     begin = time.perf_counter()
     ends, sample = [], np.zeros(0)
     for step in pipeline.generate(request):

@@ -27,9 +27,9 @@ def subjects(model: Model, count: int) -> tuple[str, ...]:
     return tuple(str(round(place)) for place in np.linspace(0, labels.count - 1, count))
 
 
-def first(model: Model) -> str:
-    """The subject that one picture is enough of."""
-    return PROMPT if model.stages[0].text is not None else subjects(model, 1)[0]
+def one(model: Model) -> str:
+    """The subject that one picture is enough of; of classes the last, which a table with too few does not have."""
+    return PROMPT if model.stages[0].text is not None else subjects(model, 2)[-1]
 
 
 def request(model: Model, names: str | Sequence[str], **settings: Any) -> Request:

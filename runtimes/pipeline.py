@@ -103,20 +103,19 @@ class Pipeline:
 
     def _unused(self, request: Request) -> list[str]:
         """A warning for each setting that has nothing to act on."""
-        guided = any(
-            way[0].guidance.kind == "cfg" and (guidance.numbers(scale(self.model, request, way)) > 1).any()
+        guided = [
+            way
             for way in cascade.ways(self.model.stages)
-        )
-        if guided:
-            return []
-        asked = {
-            "the negative prompt": request.negative_prompt != "",
-            "guidance_rescale": request.guidance_rescale != 0,
+            if way[0].guidance.kind == "cfg" and (guidance.numbers(scale(self.model, request, way)) > 1).any()
+        ]
+        unused = {
+            "the negative prompt": request.negative_prompt != "" and not guided,
+            "guidance_rescale": request.guidance_rescale != 0 and cascade.main(self.model.stages) not in guided,
         }
         why = (
             "guidance is off" if self._main.guidance.kind == "cfg" else "this model is not guided by a negative prompt"
         )
-        return [f"{why}: {name} was left out" for name, given in asked.items() if given]
+        return [f"{why}: {name} was left out" for name, left in unused.items() if left]
 
     def generate(
         self, request: Request, noise: Callable[[], Array] | Sequence[Callable[[], Array]] | None = None

@@ -111,8 +111,8 @@ def _check_guidance(model: Model, request: Request) -> None:
     for way in cascade.ways(model.stages):
         if way[0].guidance.kind == "none" and (guidance.numbers(scale(model, request, way)) > 1).any():
             raise DexportError("this model was made to draw without guidance; leave it out")
-    guided = any((guidance.numbers(scale(model, request, way)) > 1).any() for way in cascade.ways(model.stages))
-    if not guided and tuple(request.guidance_interval) != (0.0, 1.0):
+    scales = guidance.numbers(scale(model, request, cascade.main(model.stages)))  # whose steps the interval is of
+    if not (scales > 1).any() and guidance.numbers(request.guidance_interval).tolist() != [0.0, 1.0]:
         raise DexportError("guidance_interval is the part of the steps that is guided, and none is; leave it out")
     if request.guidance_batch not in ("batched", "sequential"):
         raise DexportError(f"guidance_batch is 'batched' or 'sequential', not {request.guidance_batch!r}")

@@ -206,7 +206,7 @@ def test_verify_fails_a_bundle_whose_outputs_are_not_golden(say: Say, copy_bundl
     file.write_text(to_json(Manifest(**fields | {"files": bundle.list_files(copy_bundle, without=(file.name,))})))
     said = say("verify", copy_bundle, "--json")
     assert said.code == 1
-    assert said.json["passed"] is False
+    assert said.json["passed"] is False and said.json["checks"][0]["passed"] is False
     # An error of one part in a hundred is 40 dB, and SQNR's reference is the golden one: 20 log10(1.01 / 0.01).
     assert said.json["checks"][0]["agreement"]["sqnr_db"] == pytest.approx(20 * math.log10(101), abs=0.01)
     assert "MISSED" in say("verify", copy_bundle).out

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import CLIPTextModel
 
 from exporter import checkpoint, families, reference
+from exporter.inspect import inspect
 from runtimes.errors import DexportError
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -83,6 +84,25 @@ def test_not_a_checkpoint(tmp_path: Path) -> None:
 
 def test_a_component_alone(tiny_sd: Path) -> None:
     assert f"give the whole: {tiny_sd}" in refusal(tiny_sd / "unet")
+
+
+@pytest.mark.parametrize(
+    ("config", "option"),
+    [
+        ({"_class_name": "ControlNetModel"}, "--control"),
+        ({"_class_name": "T2IAdapter"}, "--control"),
+        ({"_class_name": "MotionAdapter"}, "--motion-adapter"),
+        ({"_class_name": "ConsistencyDecoderVAE"}, "--decoder"),
+        ({"architectures": ["CLIPVisionModelWithProjection"]}, "--image-encoder"),
+    ],
+)
+def test_what_is_given_beside_a_checkpoint_is_told_its_option(
+    tmp_path: Path, config: dict[str, Any], option: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert f"give it beside its checkpoint, with {option}" in refusal(tmp_path)
+    with pytest.raises(DexportError, match=option):
+        inspect(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,9 @@ def test_unguided_base_of_a_consistency_decoder_stays_unguided(folder: Path) -> 
         (Origin("decoder", prior="nowhere"), "nowhere: no such folder"),
         (Origin("sd", decoder="sd/vae"), "'AutoencoderKL'; it must be a ConsistencyDecoderVAE"),
         (Origin("sd", decoder="nowhere"), "nowhere: no such folder"),
-        (Origin("both", decoder="consistency"), "it is for the latents of an AutoencoderKL"),
+        (Origin("sd", decoder="both"), "both: a whole checkpoint; give the folder of the one component"),
+        (Origin("both", decoder="consistency"), "Stable Diffusion 1's autoencoder, which a KandinskyV22Combined"),
+        (Origin("both", embeddings=["word.safetensors"]), "leave --embedding out for a KandinskyV22Combined"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(folder: Path, origin: Origin, said: str) -> None:
@@ -109,8 +111,10 @@ def test_what_does_not_belong_together_is_refused(folder: Path, origin: Origin, 
 def test_decoder_of_other_latents_is_refused(folder: Path, tmp_path: Path) -> None:
     consistency_decoder(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.13025}))
-    with pytest.raises(DexportError, match=r"its latents have 4 channels with scale and shift 0.1302, "):
+    normal = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.5, 0.8, 2.0, 1.0]}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.13025} | normal))
+    said = "its latents have 4 channels, scale 0.08683, 0.1628, 0.06513, 0.1303, shift 0.1, -0.2, 0.3, 0, those of .*"
+    with pytest.raises(DexportError, match=f"{said}/sd 4 channels, scale 0.1822, shift 0; leave"):
         ensemble.read(Origin(folder / "sd", decoder=tmp_path))
 
 

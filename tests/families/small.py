@@ -14,7 +14,9 @@ from transformers import CLIPTokenizer
 from tests.tiny import clip, conditional_unet, kl_autoencoder, write_clip_vocabulary
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-NAMES = {"0": "tench, Tinca tinca", "7": "cock", "134": "crane", "207": "golden retriever", "517": "crane"}
+NAMES = {
+    "0": "tench, Tinca tinca", "7": "cock", "134": "crane", "207": "golden retriever", "517": "crane", "999": "tissue",
+}  # fmt: skip
 
 
 def unet(**options: Any) -> Any:

@@ -58,6 +58,11 @@ def test_the_stage(built: Make) -> None:
     assert model.graphs["denoiser"].outputs[0].shape == ("batch", 4, 8, 8)  # without the learned variance
 
 
+def test_the_report_says_its_class_once(built: Make) -> None:
+    report = (built("dit").bundles["onnxruntime"] / "report.html").read_text()
+    assert "<p>class 999 “tissue”, 6 steps, seed 0</p>" in report
+
+
 def test_a_learned_variance_is_kept_for_its_sampler(built: Make, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     shutil.copytree(built("dit").checkpoint, folder)

@@ -324,7 +324,7 @@ def test_hints_on_the_command_line(say: Say, sd: tuple[Parts, Built], tmp_path: 
     SHOWN["canny"].save(tmp_path / "a.png")
     words = [word for name in NAMES if name != "canny" for word in ("--hint", f"{name}={tmp_path / 'a.png'}:0")]
     said = say(
-        "run", bundle, "--prompt", "red", "--steps", 2, *words, "--hint", f"canny={tmp_path / 'a.png'}:0.8:0,0.5", "-o",
+        "run", bundle, "--prompt", "red", "--steps", 2, *words, "--hint", f"Canny={tmp_path / 'a.png'}:0.8:0,0.5", "-o",
         tmp_path / "x.png",
     )  # fmt: skip
     assert said.code == 0, said.err
@@ -332,6 +332,7 @@ def test_hints_on_the_command_line(say: Say, sd: tuple[Parts, Built], tmp_path: 
     for given, line in (
         (words, "no picture for the hint canny; give one with --hint canny=FILE"),
         ([*words, "--hint", "pose=a.png"], "a.png: No such file"),
+        (["--hint", f"sd-canny={tmp_path / 'a.png'}"], f"no hint 'sd-canny'; this model takes {', '.join(NAMES)}"),
         ([*words, *words], "two pictures of --hint have the same name"),
         (["--hint", "canny=a.png:x:y:0,z:"], "No such file"),
     ):

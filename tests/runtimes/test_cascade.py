@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from runtimes import cascade
 from runtimes.check import check_model
@@ -153,6 +154,28 @@ def test_main_way_is_the_last_that_is_guided() -> None:
     refined = [replace(prior, gives=None, span=(0.0, 0.8)), replace(prior, name="refiner", span=(0.8, 1.0)), unguided]
     assert [len(way) for way in cascade.ways(refined)] == [2, 1]
     assert cascade.main(refined) == tuple(refined[:2])
+
+
+def test_what_has_nothing_to_act_on_is_said(tmp_path: Path) -> None:
+    """The rescaling and the interval are of the main way alone."""
+    made, sessions = pipeline(model(), tmp_path)
+    asked = {"guidance_rescale": 0.5, "negative_prompt": "table"}
+    left = ["guidance is off: guidance_rescale was left out"]
+    assert made._unused(Request(["red"], **asked)) == []
+    assert made._unused(Request(["red"], guidance=1.0, **asked)) == left
+    off = made._unused(Request(["red"], guidance={"": 1.0, "prior": 1.0}, **asked))
+    assert off == ["guidance is off: the negative prompt was left out", *left]
+    for interval in ((0.0, 0.6), 0.5):
+        with pytest.raises(DexportError, match="guidance_interval is the part"):
+            list(made.generate(Request(["red"], guidance=1.0, guidance_interval=interval)))
+    assert not sessions["prior"].calls
+
+
+def test_a_picture_without_an_encoder_is_said_first(tmp_path: Path) -> None:
+    made, sessions = pipeline(model(), tmp_path)
+    with pytest.raises(DexportError, match="no encoder"):
+        next(made.generate(Request(["red"], image=Image.new("RGB", (16, 16)))))
+    assert not sessions["prior"].calls
 
 
 def test_the_main_stage_needs_no_name(tmp_path: Path) -> None:

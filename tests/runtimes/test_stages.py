@@ -137,7 +137,7 @@ def test_a_scale_that_the_denoiser_knows(tmp_path: Path) -> None:
     assert told == [[3, 3], [2, 2], [1, 1]]
     last(made, steps=1)
     assert sessions["denoiser"].calls[-1]["guidance"].tolist() == [8.5, 8.5]
-    result = made(["red"], steps=1, negative_prompt="green")
+    result = made(["red"], steps=2, negative_prompt="green", guidance_interval=(0.0, 0.5))
     assert result.warnings == ["this model is not guided by a negative prompt: the negative prompt was left out"]
 
 
