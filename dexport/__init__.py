@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from exporter.quantized import Quantization
     from exporter.quantized import calibrate_hub as calibrate
     from runtimes.bench import bench
-    from runtimes.bundle import verify
     from runtimes.doctor import doctor
     from runtimes.errors import DexportError, GateError, IntegrityError
     from runtimes.hints import Hint
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from runtimes.pipeline import Pipeline, Result
     from runtimes.request import Request
     from runtimes.samplers.describe import describe as sampler
+    from runtimes.verify import verify
 
     load = Pipeline.load
 
@@ -88,7 +88,7 @@ _HOMES = {
     "load": "runtimes.pipeline:Pipeline.load",
     "plot": "dexport.plot:plot",
     "sampler": "runtimes.samplers.describe:describe",
-    "verify": "runtimes.bundle:verify",
+    "verify": "runtimes.verify:verify",
 }
 """Where each public name lives: module, colon, the way to it inside the module."""
 

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from calibration.coverage import Coverage
     from calibration.observe import Statistics
     from exporter.build import Built
-    from runtimes.bundle import Check
     from runtimes.manifest import Graph
+    from runtimes.verify import Check
 
 
 def bundles(built: Sequence[Built]) -> None:

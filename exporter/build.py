@@ -15,15 +15,15 @@ from calibration import islands
 from calibration.islands import Found
 from calibration.quality import Budget
 from exporter import compile as compilers
-from exporter import ensemble, gate, hub, quantized, report
+from exporter import ensemble, gate, hub, quantized, record, report, spread
 from exporter.ensemble import Origin
 from exporter.families import Shape
 from exporter.quantized import Quantization
 from exporter.tries import Calibrated
 from runtimes import bundle
 from runtimes.errors import DexportError, Progress, silent
-from runtimes.manifest import Manifest, Model, Stage, to_json
-from runtimes.session import Session, require, runs_here
+from runtimes.manifest import Bands, Manifest, Model, SelfTest, Stage, to_json
+from runtimes.session import Session, one_at_a_time, require, runs_here
 from runtimes.target import Target
 
 if TYPE_CHECKING:
@@ -88,7 +88,8 @@ def build(
         model = hub.export(
             source, hub_folder, shape=shape, dynamic_shape=dynamic_shape, overwrite=overwrite, progress=share(0, 0.5)
         )
-        reference = gate.record(source, model, hub_folder, share(0.5, 1))
+        reference = record.record(source, model, hub_folder, share(0.5, 0.8))
+        noise = spread.measure(source, model, reference.calls, _precisions(pairs), record.size(model), share(0.8, 0.9))
         recipe = {"shape": list(_shape(model)), "dynamic_shape": dynamic_shape, "max_batch": max_batch}
         if origin.clip_skip != 1:
             recipe["clip_skip"] = origin.clip_skip
@@ -101,11 +102,14 @@ def build(
                     share(index, index + 0.5),
                 )  # fmt: skip
                 gate.write_golden(reference, partial / bundle.GOLDEN)
-                proof = _prove(reference, compiled, partial, target, precision, share(index + 0.5, index + 1))
+                test = gate.self_test(reference, compiled, spread.bands(noise, compiled, precision))
+                proof = _prove(
+                    reference, compiled, partial, target, precision, test.bands, share(index + 0.5, index + 1)
+                )
                 proof = replace(proof, accuracy={**proof.accuracy, **quality})
                 text = report.render(compiled, str(target), precision, recipe, proof, reference)
                 (partial / "report.html").write_text(text, encoding="utf-8")
-                manifest = _write_manifest(partial, compiled, target, precision, recipe, proof.accuracy)
+                manifest = _write_manifest(partial, compiled, target, precision, recipe, proof.accuracy, test)
             total = sum(file.size for file in manifest.files)
             built.append(Built(str(target), precision, folder, total, proof.accuracy, proof.seconds))
     progress("done", 1.0)
@@ -251,29 +255,39 @@ def _check_use(stages: Sequence[Stage], pairs: Sequence[tuple[Target, str]], set
     settings.check_for(stages)
 
 
+def _precisions(pairs: Sequence[tuple[Target, str]]) -> list[str]:
+    """The precisions of all graphs to be, those beside a quantized denoiser among them."""
+    beside = [quantized.BESIDE[target.backend] for target, precision in pairs if precision in quantized.PRECISIONS]
+    return sorted({precision for _, precision in pairs} | set(beside))
+
+
 def _prove(
-    reference: gate.Reference, model: Model, folder: Path, target: Target, precision: str, progress: Progress
-) -> gate.Proof:
+    reference: record.Reference, model: Model, folder: Path, target: Target, precision: str, bands: Bands,
+    progress: Progress,
+) -> gate.Proof:  # fmt: skip
     """Run the gate where this machine can run the target, else say why it was not run."""
     runtime = require(target.backend)
     if not runs_here(target):
-        return gate.not_run(f"this machine has no device that runs {target}")
+        return gate.not_run(reference, f"this machine has no device that runs {target}")
 
     def load(name: str) -> Session:
         return runtime.open(folder / model.graphs[name].file, model.graphs[name], target.device, None, None)
 
-    return gate.prove(reference, model, folder, precision, gate.one_at_a_time(load), progress)
+    return gate.prove(reference, model, folder, precision, bands, one_at_a_time(load), progress)
 
 
 def _write_manifest(
-    folder: Path, model: Model, target: Target, precision: str, recipe: Mapping[str, Any], accuracy: Mapping[str, Any]
-) -> Manifest:
+    folder: Path, model: Model, target: Target, precision: str, recipe: Mapping[str, Any], accuracy: Mapping[str, Any],
+    test: SelfTest | None = None,
+) -> Manifest:  # fmt: skip
     tools = {target.backend: str(require(target.backend).version())}
     for name in TOOLS:
         with suppress(metadata.PackageNotFoundError):  # dexport itself, where it runs from its source
             tools[name] = metadata.version(name)
     files = bundle.list_files(folder, without=(bundle.MANIFEST,))
-    manifest = Manifest(bundle.FORMAT, bundle.VERSION, str(target), precision, model, recipe, tools, files, accuracy)
+    manifest = Manifest(
+        bundle.FORMAT, bundle.VERSION, str(target), precision, model, recipe, tools, files, accuracy, test
+    )
     (folder / bundle.MANIFEST).write_text(to_json(manifest), encoding="utf-8")
     return bundle.load_manifest(folder, check=False)  # what no reader would take is not published
 

@@ -257,16 +257,23 @@ def _class_of(folder: Path, index: Mapping[str, Any], name: str) -> str:
 
 
 def _read_scheduler(path: Path, class_name: str) -> dict[str, Any]:
-    """Read scheduler_config.json, without the infinities that diffusers writes for what is not limited."""
-    config = {"_class_name": class_name, **read_json(path, finite=False)}
-    for name, value in list(config.items()):
+    """Read scheduler_config.json; the class is the one that model_index.json names, as in diffusers."""
+    return finite_config(path, {**read_json(path, finite=False), "_class_name": class_name})
+
+
+def finite_config(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A scheduler's config without the infinities that diffusers writes for what is not limited.
+
+    ``path`` is where it is from. JSON has no infinity; where it is the default anyway, leaving it out says the same.
+    """
+    limited = dict(config)
+    for name, value in config.items():
         if all(math.isfinite(number) for number in _numbers(value)):
             continue
-        # JSON has no infinity; where it is the default anyway, leaving it out says the same.
         if value != default_of(str(config["_class_name"]), name):
             raise DexportError(f"{path}: {name}={value!r:.60} is not a finite number; set it to one or leave it out")
-        del config[name]
-    return config
+        del limited[name]
+    return limited
 
 
 def _numbers(value: Any) -> Iterator[float]:

@@ -78,6 +78,8 @@ class Origin:
 
 def read(origin: Origin | OwnModel | Path | str, *, progress: Progress = silent) -> Checkpoint:
     """Read a checkpoint and the one that refines what it draws, if any; ``stages`` finds whether they fit."""
+    from exporter import oracle  # with torch, which looking at a checkpoint does not need
+
     origin = Origin.of(origin)
     if not 1 <= origin.long_prompts <= MOST_CHUNKS:
         raise DexportError(f"long prompts may have 1 to {MOST_CHUNKS} chunks, not {origin.long_prompts}")
@@ -87,10 +89,12 @@ def read(origin: Origin | OwnModel | Path | str, *, progress: Progress = silent)
             embeddings=origin.embeddings, clip_skip=origin.clip_skip,
             motion_adapter=origin.motion_adapter, progress=progress,
         )  # fmt: skip
-        base = hints.add(base, origin.controls, origin.ip_adapters, origin.image_encoder)
+        base = oracle.as_diffusers_reads(hints.add(base, origin.controls, origin.ip_adapters, origin.image_encoder))
     else:
         base = _own(origin.path, origin)
-    second = checkpoints.read(Path(origin.refiner), progress=progress) if origin.refiner is not None else None
+    second = None
+    if origin.refiner is not None:
+        second = oracle.as_diffusers_reads(checkpoints.read(Path(origin.refiner), progress=progress))
     base, *others = (
         replace(part, scheduler=samplers.choose(part.scheduler, origin.sampler), chunks=origin.long_prompts)
         for part in (base, second)

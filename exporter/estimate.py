@@ -17,7 +17,7 @@ import torch
 from exporter import ensemble, trace
 from exporter.checkpoint import Checkpoint
 from exporter.families import Shape
-from exporter.gate import STEPS
+from exporter.record import STEPS
 from exporter.weights import parameter_shapes
 
 LIBRARIES = 0.7e9  # bytes that torch, diffusers and a runtime take by themselves

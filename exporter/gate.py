@@ -1,8 +1,8 @@
-"""The gate: a bundle is compared with the torch model in fp32, and is built only if it is inside its band.
+"""The gate: a bundle follows what diffusers' own pipeline did, within its bands, or it is not built.
 
-The torch model goes once through the same pipeline as a device will, one graph in memory at a time, and every call of
-a graph is recorded. Then each bundle is asked three things: does each graph alone give the same on the recorded inputs
-(so at every timestep of the run), do the latents of a free run stay together step by step, and is the image the same.
+The reference is recorded once (``exporter.record``). Then each bundle is asked: does each graph alone give what the
+torch module gave, at the timesteps that were recorded; do the latents of free runs stay with diffusers' own, step by
+step, at default settings and at others, from noise and from an image; and is the image the same.
 """
 
 from __future__ import annotations
@@ -16,38 +16,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter import reference
-from exporter.checkpoint import Checkpoint
-from runtimes import cascade, example, subject
-from runtimes.accuracy import BANDS, Agreement, compare, psnr, ssim
-from runtimes.accuracy import band as band_of
-from runtimes.errors import DexportError, GateError, Progress, silent
-from runtimes.manifest import Graph, Model
+from exporter.record import Call, Case, Reference
+from runtimes import cascade, subject, verify
+from runtimes.accuracy import Agreement, compare, psnr, ssim
+from runtimes.errors import GateError, Progress, silent
+from runtimes.manifest import Bands, Model, SelfTest
 from runtimes.pipeline import Pipeline
-from runtimes.request import Request
-from runtimes.safetensors import write
 from runtimes.session import Session, run_batched
 
 Array = NDArray[Any]
-STEPS = 6  # of each way of the free run: enough timesteps to see drift, few enough for a large model on a CPU
-
-
-@dataclass(frozen=True)
-class Call:
-    """One recorded call of a graph."""
-
-    inputs: Mapping[str, Array]
-    outputs: Mapping[str, Array]
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What the torch model gives in fp32: calls by graph, the free run's latents after each step, and the image."""
-
-    request: Request
-    calls: Mapping[str, tuple[Call, ...]]
-    latents: tuple[Array, ...]
-    image: Array
 
 
 @dataclass(frozen=True)
@@ -59,103 +36,44 @@ class Proof:
     seconds: float | None
 
 
-class TorchSession:
-    """A graph's torch module behind the session protocol; every call is kept in ``calls``."""
-
-    max_batch: int | None = None
-
-    def __init__(
-        self, checkpoint: Checkpoint, name: str, graph: Graph, calls: list[Call], size: tuple[int, int] | None = None
-    ) -> None:
-        """Load the reference module of graph ``name``, for pictures of a size in pixels or of the checkpoint's own."""
-        self._module = reference.load(checkpoint, name, size)
-        self._name = name
-        self._graph = graph
-        self._calls = calls
-
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Run the module in fp32 and record the call."""
-        import torch
-
-        try:
-            with torch.inference_mode():
-                result = self._module(*(torch.from_numpy(inputs[tensor.name]) for tensor in self._graph.inputs))
-        except IndexError as error:
-            labels = inputs.get("labels")
-            what = "does not run" if labels is None else f"does not take the label {labels.max()}"
-            raise DexportError(f"the torch model of graph {self._name} {what} ({error})") from error
-        values = result if isinstance(result, tuple) else (result,)
-        outputs = {tensor.name: value.numpy() for tensor, value in zip(self._graph.outputs, values, strict=True)}
-        for name, value in outputs.items():
-            if not np.isfinite(value).all():
-                raise DexportError(
-                    f"the torch model itself gives NaN or infinity for {name!r} of graph {self._name}, in fp32; the "
-                    "checkpoint is damaged or its training diverged"
-                )
-        self._calls.append(Call(dict(inputs), outputs))
-        return outputs
+def self_test(reference: Reference, model: Model, bands: Bands) -> SelfTest:
+    """What a device is to run, and how near to the golden values it must come."""
+    request = reference.request
+    steps = cascade.few(model.stages, 1) if request.steps is None else request.steps
+    by_name = dict(steps) if isinstance(steps, Mapping) else {cascade.main(model.stages)[0].name: steps}
+    begun = request.strength if cascade.main(model.stages)[0].strength is not None else None
+    return SelfTest(reference.subject, by_name, bands, begun)
 
 
-def one_at_a_time(load: Callable[[str], Session]) -> Callable[[str], Session]:
-    """Return an opener that lets go of a graph before it opens the next: memory for the largest is enough."""
-    opened: dict[str, Session] = {}
+def write_golden(reference: Reference, file: Path) -> None:
+    """Write the golden values of the self-test: a call of each graph, and the run at default settings.
 
-    def open_graph(name: str) -> Session:
-        if name not in opened:
-            opened.clear()
-            opened[name] = load(name)
-        return opened[name]
-
-    return open_graph
-
-
-def record(checkpoint: Checkpoint, model: Model, hub: Path, progress: Progress = silent) -> Reference:
-    """Run the torch model through the pipeline and keep all that the gate compares with."""
-    calls: dict[str, list[Call]] = {name: [] for name in model.graphs}
-    last = model.stages[-1]
-    size = (last.sample[1] * last.factor, last.sample[2] * last.factor)
-    open_graph = one_at_a_time(lambda name: TorchSession(checkpoint, name, model.graphs[name], calls[name], size))
-    request = example.request(model, example.one(model), steps=cascade.few(model.stages, STEPS))
-    pipeline = Pipeline(model, hub, open_graph)
-    latents = []
-    for step in pipeline.generate(request):
-        progress(f"reference: step {step.index + 1}/{step.total}", step.index / (step.total + 1))
-        latents.append(step.sample)
-    image = pipeline.decode(latents[-1])
-    encoder = cascade.main(model.stages)[0].encoder
-    if encoder is not None:
-        open_graph(encoder).run({"image": image})
-    progress("reference: done", 1.0)
-    return Reference(request, {name: tuple(kept) for name, kept in calls.items()}, tuple(latents), image)
-
-
-def write_golden(reference_: Reference, file: Path) -> None:
-    """Write one call of each graph, one row of its batch, as the device's self-test."""
-    tensors = {}
-    for name, calls in reference_.calls.items():
-        call = calls[len(calls) // 2]  # of a denoiser: in the middle of the trajectory
-        for side, values in (("inputs", call.inputs), ("outputs", call.outputs)):
-            for tensor, value in values.items():
-                tensors[f"{name}/{side}/{tensor}"] = value[-1:]
-    write(file, tensors)
+    A text graph's call is that of the prompt, which comes before the negative one; a denoiser's lies in the middle.
+    """
+    calls = {}
+    for name, every in reference.calls.items():
+        call = every[0 if "timestep" not in every[0].inputs else len(every) // 2]
+        calls[name] = (call.inputs, call.outputs)
+    verify.write_golden(file, calls, reference.tokens, reference.cases[0].latents)
 
 
 def prove(
-    reference_: Reference,
+    reference: Reference,
     model: Model,
     folder: Path,
     precision: str,
+    bands: Bands,
     open_graph: Callable[[str], Session],
     progress: Progress = silent,
 ) -> Proof:
-    """Compare the graphs that ``open_graph`` gives with the reference; GateError if any is outside the band."""
-    band = BANDS[precision]
+    """Compare the graphs that ``open_graph`` gives with the reference; GateError if any is outside its band."""
+    total = len(reference.calls) + len(reference.cases)
     graphs: dict[str, Any] = {}
     failures, seconds = [], []
-    for index, (name, calls) in enumerate(sorted(reference_.calls.items())):
-        progress(f"gate: {name}", index / (len(reference_.calls) + 1))
+    for index, (name, calls) in enumerate(sorted(reference.calls.items())):
+        progress(f"gate: {name}", index / total)
         session = open_graph(name)
-        least = band_of(model.graphs[name], precision).graph
+        least = bands.graphs[name]
         found = []
         for call in calls:
             begin = time.perf_counter()
@@ -167,40 +85,58 @@ def prove(
                 found.append(_record(tensor, call, agreement))
                 if not agreement.sqnr_db >= least:  # so that NaN fails
                     failures.append(
-                        f"graph {name}{_at(call)}: SQNR {agreement.sqnr_db:.1f} dB, at least {least:g} are needed"
+                        f"graph {name}{_at(call)}: SQNR {agreement.sqnr_db:.1f} dB, at least {least:.1f} are needed"
                     )
         graphs[name] = found
         del session  # or it would stand in memory beside the next one, while that is opened
     if failures:  # a free run of broken graphs says no more, and may end in NaN
         raise _failed(precision, failures)
-    progress("gate: free run", len(reference_.calls) / (len(reference_.calls) + 1))
     pipeline = Pipeline(model, folder, open_graph)
-    steps = [step.sample for step in pipeline.generate(reference_.request)]
-    drift = [compare(expected, actual).sqnr_db for expected, actual in zip(reference_.latents, steps, strict=True)]
-    image = pipeline.decode(steps[-1])
-    quality = psnr(reference_.image, image)
-    if not drift[-1] >= band.latents:
-        failures.append(f"last latents: SQNR {drift[-1]:.1f} dB, at least {band.latents:g} are needed")
-    if not quality >= band.image:
-        failures.append(f"image: PSNR {quality:.1f} dB, at least {band.image:g} are needed")
+    tokens = verify.prompt_tokens(pipeline.prompts, model.stages, reference.request)
+    for name, ids in reference.tokens.items():
+        if not np.array_equal(ids, tokens.get(name, ())):
+            raise _failed(precision, [f"the tokens of {reference.subject!r} for {name} are not the reference's"])
+    cases: dict[str, Any] = {}
+    image = None
+    for index, case in enumerate(reference.cases):
+        progress(f"gate: {case.name}", (len(reference.calls) + index) / total)
+        drift, generated = _follow(pipeline, case, decoded=not index)
+        image = generated if image is None else image
+        cases[case.name] = drift
+        for step, sqnr in enumerate(drift, 1):
+            if not sqnr >= bands.latents:
+                what = f"{case.name}, latents after step {step}"
+                failures.append(f"{what}: SQNR {sqnr:.1f} dB, at least {bands.latents:.1f} are needed")
+    assert image is not None
+    quality = psnr(reference.image, image)
+    if not quality >= bands.image:
+        failures.append(f"image: PSNR {quality:.1f} dB, at least {bands.image:.1f} are needed")
     if failures:
         raise _failed(precision, failures)
     accuracy = {
         "gate": "passed",
-        "reference": "torch fp32",
-        **subject.settings(model, reference_.request, 0),
-        "steps": reference_.request.steps,
-        "band": asdict(band),
+        "reference": reference.oracle,
+        **subject.settings(model, reference.request, 0),
+        "steps": reference.request.steps,
+        "band": asdict(bands),
         "graphs": graphs,
-        "latents_sqnr_db": [round(value, 2) for value in drift],
-        "image": {"psnr_db": round(quality, 2), "ssim": round(ssim(reference_.image, image), 6)},
+        "latents_sqnr_db": cases,
+        "image": {"psnr_db": round(quality, 2), "ssim": round(ssim(reference.image, image), 6)},
     }
     return Proof(accuracy, image, float(np.median(seconds)))
 
 
-def not_run(why: str) -> Proof:
+def _follow(pipeline: Pipeline, case: Case, *, decoded: bool) -> tuple[list[float], Array | None]:
+    """The SQNR in dB of a case's latents after each step of a free run, and the image if it is to be ``decoded``."""
+    steps = [step.sample for step in pipeline.generate(case.request)]
+    drift = [round(compare(expected, actual).sqnr_db, 2) for expected, actual in zip(case.latents, steps, strict=True)]
+    return drift, pipeline.decode(steps[-1], case.request) if decoded else None
+
+
+def not_run(reference: Reference, why: str) -> Proof:
     """The proof that is owed where the engine cannot run on the machine that builds it."""
-    return Proof({"gate": "not run", "why": why, "next": "run `dexport verify` on the device"}, None, None)
+    owed = {"gate": "not run", "why": why, "next": "run `dexport verify` on the device", "reference": reference.oracle}
+    return Proof(owed, None, None)
 
 
 def _failed(precision: str, failures: list[str]) -> GateError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache as memoize
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ def load(checkpoint: Checkpoint, graph: str, size: tuple[int, int] | None = None
     """Return the module that the hub graph ``graph`` is exported from, computing in fp32.
 
     Called as ``module(*inputs)`` with tensors in the graph's input order; gives a tensor, or a tuple in the graph's
-    output order. A layer's weights are mapped from the file and widened when it is called, and let go after it.
+    output order. A layer's weights are read from the file and widened whenever it asks for them, and let go after it.
     size: height and width of the picture in pixels, the checkpoint's own by default.
     """
     height, width = size or checkpoint.family.default_shape(checkpoint)
@@ -36,15 +37,35 @@ def load(checkpoint: Checkpoint, graph: str, size: tuple[int, int] | None = None
     return modules
 
 
-def lend(modules: torch.nn.Module, entries: Mapping[str, Stored]) -> None:
-    """Give each layer its weights, by parameter name in ``entries``, for the time of each call.
+def lend(module: torch.nn.Module, entries: Mapping[str, Stored]) -> None:
+    """Let each parameter be read from ``entries``, by its name, and widened to fp32 whenever it is asked for.
 
-    What a module with layers in it has beside them may be asked for from outside of its call, so it is there for that
-    of all ``modules``.
+    In its place the module has a parameter of the same shape on the CPU that takes no memory, so that its device and
+    type are what they seem. Buffers in ``entries`` are filled.
     """
-    for path, module in modules.named_modules():
-        if own := _own(module, path, entries):
-            _lend(module, own, modules if any(module.children()) else module)
+    for path, inner in module.named_modules():
+        prefix = f"{path}." if path else ""
+        for name, value in inner._parameters.items():
+            if value is not None:
+                empty = torch.zeros(()).expand(value.shape)
+                inner._parameters[name] = torch.nn.Parameter(empty, requires_grad=False)
+        for name, buffer in inner._buffers.items():
+            if buffer is not None and prefix + name in entries:
+                inner._buffers[name] = torch.from_numpy(widen(entries[prefix + name])).to(buffer.dtype)
+        lent = {name: entries[prefix + name] for name in inner._parameters if prefix + name in entries}
+        if lent:
+            inner.lent = lent  # type: ignore[assignment]
+            inner.__class__ = _borrower(type(inner), tuple(lent))  # type: ignore[arg-type]  # a class is hashable
+
+
+@memoize
+def _borrower(kind: type, names: tuple[str, ...]) -> type:
+    """A module's class whose parameters are read when they are asked for."""
+    return type(kind.__name__, (kind,), {name: property(_reader(name)) for name in names})
+
+
+def _reader(name: str) -> Any:
+    return lambda module: torch.from_numpy(widen(module.lent[name]))
 
 
 def _own(module: torch.nn.Module, path: str, entries: Mapping[str, Stored]) -> dict[str, Stored]:
@@ -55,17 +76,3 @@ def _own(module: torch.nn.Module, path: str, entries: Mapping[str, Stored]) -> d
 def _fill(module: torch.nn.Module, entries: Mapping[str, Stored]) -> None:
     for name, entry in entries.items():
         module._parameters[name] = torch.nn.Parameter(torch.from_numpy(widen(entry)), requires_grad=False)
-
-
-def _lend(module: torch.nn.Module, entries: dict[str, Stored], called: torch.nn.Module) -> None:
-    """Give ``module`` its own parameters' values for the time of each call of ``called``."""
-    empty = {name: module._parameters[name] for name in entries}
-
-    def fill(_: torch.nn.Module, inputs: Any) -> None:
-        _fill(module, entries)
-
-    def drop(_: torch.nn.Module, inputs: Any, output: Any) -> None:
-        module._parameters.update(empty)
-
-    called.register_forward_pre_hook(fill)
-    called.register_forward_hook(drop, always_call=True)

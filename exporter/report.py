@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from exporter.gate import Proof, Reference
+from exporter.gate import Proof
+from exporter.record import Reference
 from runtimes import cascade, subject, video
 from runtimes.image import to_images
 from runtimes.manifest import Model
@@ -78,7 +79,7 @@ def _way(way: cascade.Way) -> str:
 
 
 def _pictures(model: Model, reference: Reference, image: NDArray[Any] | None) -> str:
-    shown = [("torch, fp32", reference.image)]
+    shown = [(f"{reference.oracle}, fp32", reference.image)]
     if image is not None:
         difference = np.abs(reference.image - image)
         most = float(difference.max())
@@ -104,22 +105,28 @@ def _picture(array: NDArray[Any]) -> Image.Image:
 
 
 def _agreement(accuracy: Mapping[str, Any]) -> str:
+    band, image = accuracy["band"], accuracy["image"]
     rows = [
         (
             name, call["output"], f"{call['timestep']:g}" if "timestep" in call else "",
-            f"{call['sqnr_db']:.1f}", f"{call['relative']:.2e}", f"{call['max_abs']:.2e}",
+            f"{call['sqnr_db']:.1f}", f"{band['graphs'][name]:.1f}",
+            f"{call['relative']:.2e}", f"{call['max_abs']:.2e}",
         )
         for name, calls in accuracy["graphs"].items()
         for call in calls
     ]  # fmt: skip
-    band, image = accuracy["band"], accuracy["image"]
-    latents = [(str(step + 1), f"{value:.1f}") for step, value in enumerate(accuracy["latents_sqnr_db"])]
+    latents = [
+        (case, str(step), f"{value:.1f}")
+        for case, values in accuracy["latents_sqnr_db"].items()
+        for step, value in enumerate(values, 1)
+    ]
     return (
+        f"<p>The reference: {escape(accuracy['reference'])}, in fp32.</p>"
         f"<p>Image: PSNR {image['psnr_db']:.1f} dB (at least {band['image']:g}), SSIM {image['ssim']:.4f}.</p>"
-        f"<h2>Each graph alone, on the reference's inputs (SQNR at least {band['graph']:g} dB)</h2>"
-        + _table(("graph", "output", "timestep", "SQNR, dB", "relative L2", "max abs"), rows)
-        + f"<h2>Latents of a free run (the last at least {band['latents']:g} dB)</h2>"
-        + _table(("step", "SQNR, dB"), latents)
+        "<h2>Each graph alone, on the reference's inputs</h2>"
+        + _table(("graph", "output", "timestep", "SQNR, dB", "at least", "relative L2", "max abs"), rows)
+        + f"<h2>Latents of free runs (at least {band['latents']:g} dB)</h2>"
+        + _table(("run", "step", "SQNR, dB"), latents)
     )
 
 

@@ -44,7 +44,7 @@ class Modules(torch.nn.Module):
         return self.spec.forward(self, *inputs)
 
 
-class _Unfilled(TorchFunctionMode):
+class Unfilled(TorchFunctionMode):
     """Puts what ``torch.empty`` makes (the layers' parameters) on the meta device, and nothing else.
 
     Building a module wholly on the meta device would lose the values of its buffers, such as position ids, which no
@@ -107,7 +107,7 @@ def build(spec: Spec) -> Modules:
     Raises DexportError if a component's class does not take its config.json.
     """
     try:
-        with _Unfilled(), quiet():
+        with Unfilled(), quiet():
             modules = Modules(spec)
     except Exception as error:  # each class fails in its own way over a config that it was not made for
         where = " or ".join(spec.builders)
@@ -120,15 +120,21 @@ def build(spec: Spec) -> Modules:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep torch's and diffusers' remarks about themselves from the user's screen; errors still come through."""
+    from diffusers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "diffusers", "transformers")]
     levels = [logger.level for logger in loggers]
+    has_bars = is_progress_bar_enabled()
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
+        disable_progress_bar()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        if has_bars:
+            enable_progress_bar()
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 

@@ -9,20 +9,15 @@ import errno
 import hashlib
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from runtimes import strict_json
-from runtimes.accuracy import Agreement, band, compare
 from runtimes.check import check_manifest
 from runtimes.errors import DexportError, IntegrityError, Progress, silent
-from runtimes.manifest import File, Manifest, Model, Tensor, from_json
-from runtimes.safetensors import Entry, read_header
-from runtimes.session import Array, require, run_batched
-from runtimes.target import Target
+from runtimes.manifest import File, Manifest, Model, from_json
 
 MANIFEST, SIGNATURE, GOLDEN = "dexport.json", "dexport.sig", "golden.safetensors"
 HUB = "hub.json"
@@ -168,7 +163,7 @@ def _check_listed(manifest: Manifest, where: Path) -> None:
     listed = {file.path for file in manifest.files}
     if len(listed) != len(manifest.files):
         raise IntegrityError(f"{where}: lists a file twice")
-    used = [GOLDEN] if manifest.accuracy["gate"] == "passed" else []
+    used = [GOLDEN] if manifest.self_test is not None else []
     used += [graph.file for graph in manifest.model.graphs.values()]
     used += [tokenizer.file for tokenizer in manifest.model.tokenizers]
     for path in used:
@@ -198,70 +193,3 @@ def _check_files(folder: Path, manifest: Manifest, progress: Progress) -> None:
             raise IntegrityError(f"{folder}: {name} is not what was built (its sha256 differs); copy the bundle again")
         done += file.size
         progress(f"checking {name}", done / total)
-
-
-@dataclass(frozen=True)
-class Check:
-    """One output of one graph against the golden vectors."""
-
-    graph: str
-    output: str
-    agreement: Agreement
-    least_db: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether the output is finite and inside the band of the bundle's precision."""
-        return self.agreement.finite and self.agreement.sqnr_db >= self.least_db
-
-
-def verify(
-    folder: Path | str, *, threads: int | None = None, cache: Path | None = None, progress: Progress = silent
-) -> list[Check]:
-    """Check a bundle's files, then run each graph on its golden inputs, here, on this device.
-
-    The expected outputs are those of the torch model in fp32, so this is the proof on the device itself. Returns one
-    ``Check`` for each output; an empty list where the bundle has no golden vectors.
-    """
-    folder = Path(folder)
-    manifest = load_manifest(folder, progress=lambda what, share: progress(what, share / 2))
-    if not (folder / GOLDEN).is_file():
-        return []
-    entries = read_header(folder / GOLDEN)
-    target = Target.parse(manifest.target)
-    runtime = require(target.backend)
-    checks = []
-    graphs = manifest.model.graphs
-    for index, (name, graph) in enumerate(sorted(graphs.items())):
-        progress(f"running {name}", 0.5 + index / len(graphs) / 2)
-        session = runtime.open(folder / graph.file, graph, target.device, threads, cache)
-        inputs = {tensor.name: _golden(entries, f"{name}/inputs", tensor) for tensor in graph.inputs}
-        outputs = run_batched(session, inputs)
-        for tensor in graph.outputs:
-            expected = _golden(entries, f"{name}/outputs", tensor)
-            agreement = compare(expected, outputs[tensor.name])
-            checks.append(Check(name, tensor.name, agreement, band(graph, manifest.precision).graph))
-        del session  # or it would stand in memory beside the next one, while that is opened
-    progress("done", 1.0)
-    return checks
-
-
-def _golden(entries: Mapping[str, Entry], side: str, tensor: Tensor) -> Array:
-    """Read a golden tensor; IntegrityError unless it is there, finite, and what the graph takes or gives."""
-    name = f"{side}/{tensor.name}"
-    if name not in entries:
-        raise IntegrityError(f"{GOLDEN}: it has no tensor {name!r}; build the bundle anew")
-    entry = entries[name]
-    fits = len(entry.shape) == len(tensor.shape) and all(
-        size > 0 and (isinstance(wanted, str) or size == wanted)
-        for size, wanted in zip(entry.shape, tensor.shape, strict=True)
-    )
-    value = entry.load()
-    if not fits or value.dtype != tensor.dtype:
-        raise IntegrityError(
-            f"{GOLDEN}: {name!r} is {value.dtype} {list(entry.shape)} where the graph has {tensor.dtype} "
-            f"{list(tensor.shape)}; build the bundle anew"
-        )
-    if not entry.finite():
-        raise IntegrityError(f"{GOLDEN}: {name!r} holds NaN or infinity; build the bundle anew")
-    return value

@@ -13,9 +13,20 @@ from itertools import pairwise
 from pathlib import PurePosixPath
 
 from runtimes import cascade, conditioning, subject, timetable, video
-from runtimes.accuracy import BANDS
 from runtimes.errors import DexportError, IntegrityError
-from runtimes.manifest import PROMPT, SEQUENCE, Graph, Kind, Manifest, Model, Stage, Tensor, Tokenizer
+from runtimes.manifest import (
+    PRECISIONS,
+    PROMPT,
+    SEQUENCE,
+    Graph,
+    Kind,
+    Manifest,
+    Model,
+    SelfTest,
+    Stage,
+    Tensor,
+    Tokenizer,
+)
 from runtimes.target import Target
 
 GRAPH_NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -59,15 +70,31 @@ def check_manifest(manifest: Manifest, where: str) -> None:
         Target.parse(manifest.target)
     except DexportError as error:
         raise DexportError(f"{where}: target: {error}") from error
-    if manifest.precision not in BANDS:
-        raise _wrong(where, "precision", manifest.precision, ", ".join(BANDS))
+    if manifest.precision not in PRECISIONS:
+        raise _wrong(where, "precision", manifest.precision, ", ".join(PRECISIONS))
     if manifest.accuracy.get("gate") not in GATES:
         raise _wrong(where, "accuracy: gate", manifest.accuracy.get("gate"), " or ".join(map(repr, GATES)))
     for name, graph in manifest.model.graphs.items():
-        if (own := graph.properties.get("precision", manifest.precision)) not in BANDS:
-            raise _wrong(where, f"graphs: {name}: properties: precision", own, ", ".join(BANDS))
+        if (own := graph.properties.get("precision", manifest.precision)) not in PRECISIONS:
+            raise _wrong(where, f"graphs: {name}: properties: precision", own, ", ".join(PRECISIONS))
     check_paths((file.path for file in manifest.files), where)
     check_model(manifest.model, where)
+    if manifest.self_test is not None:
+        _check_self_test(manifest.self_test, manifest.model, f"{where}: self_test")
+
+
+def _check_self_test(test: SelfTest, model: Model, where: str) -> None:
+    """The run must be one that the model takes, and each graph must have a band."""
+    if set(test.bands.graphs) != set(model.graphs):
+        raise _wrong(where, "bands: graphs", ", ".join(test.bands.graphs), f"those of {', '.join(model.graphs)}")
+    if not all(map(math.isfinite, (*test.bands.graphs.values(), test.bands.latents, test.bands.image))):
+        raise DexportError(f"{where}: bands: not finite; build the bundle anew")
+    names = {way[0].name for way in cascade.ways(model.stages)}
+    for name, steps in test.steps.items():
+        if name not in names or not 1 <= steps <= STEPS:
+            raise _wrong(where, f"steps: {name}", steps, f"1 to {STEPS}, of {' or '.join(sorted(names))}")
+    if test.strength is not None and not 0 < test.strength <= 1:
+        raise _wrong(where, "strength", test.strength, "above 0 and at most 1")
 
 
 def check_model(model: Model, where: str, *, whole: bool = True) -> None:

@@ -55,9 +55,23 @@ def request(model: Model, names: str | Sequence[str], **settings: Any) -> Reques
     }
     if subject.paints(model):
         settings["image"] = _colours(settings.get("seed", 0), (height, width))
-        settings["mask"] = Image.new("L", (width, height))
-        settings["mask"].paste(255, (width // 4, height // 4, width - width // 4, height - height // 4))
+        settings["mask"] = _middle(height, width)
     return Request(**settings)
+
+
+def from_image(model: Model, names: str | Sequence[str], *, masked: bool = False, **settings: Any) -> Request:
+    """A request that starts from an image of smooth colours; ``masked``: that inpaints its middle."""
+    last = model.stages[-1]
+    height, width = (side * last.factor for side in last.sample[-2:])
+    settings["image"] = _colours(settings.get("seed", 0), (height, width))
+    return request(model, names, **settings, **({"mask": _middle(height, width)} if masked else {}))
+
+
+def _middle(height: int, width: int) -> Image.Image:
+    """A mask that is white in its middle, whose edges are no multiples of the pixels of a latent."""
+    mask = Image.new("L", (width, height))
+    mask.paste(255, (width // 4 + 1, height // 4 + 1, width - width // 4 - 1, height - height // 4 - 1))
+    return mask
 
 
 def _colours(seed: int, size: tuple[int, ...]) -> Image.Image:

@@ -18,6 +18,7 @@ from runtimes.errors import DexportError
 
 Kind = Literal["text", "denoiser", "decoder", "encoder", "hint"]
 T = TypeVar("T")
+PRECISIONS = ("fp32", "fp16", "bf16", "w8", "w4", "int8", "fp8")
 PROMPT = "{}"  # stands for the prompt in a template
 SEQUENCE = "sequence"  # the free dimension of a denoiser that takes the states of long prompts
 
@@ -179,6 +180,32 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Bands:
+    """The least that a bundle must reach against the original model: of its own noise, measured when it was built.
+
+    graphs: SQNR in dB of each graph alone; latents: SQNR after each step of a free run; image: PSNR in dB.
+    """
+
+    graphs: Mapping[str, float]
+    latents: float
+    image: float
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """The run whose golden values a bundle holds, and its bands.
+
+    subject: the prompt or class, or the number of an image that is of neither. steps: by the name of each chain of
+    stages. strength: of a model that only reworks images, else None.
+    """
+
+    subject: str
+    steps: Mapping[str, int]
+    bands: Bands
+    strength: float | None = None
+
+
+@dataclass(frozen=True)
 class Manifest:
     """``dexport.json`` of a bundle; docs/bundle-format.md is its specification."""
 
@@ -191,6 +218,7 @@ class Manifest:
     tools: Mapping[str, str]
     files: tuple[File, ...]
     accuracy: Mapping[str, Any]
+    self_test: SelfTest | None = None  # None: there are no golden values
 
 
 def to_json(value: Any) -> str:

@@ -126,23 +126,32 @@ class Pipeline:
         model with several ways (runtimes.cascade) a source for each.
         """
         check(self.model, request)
-        ways, count = cascade.ways(self.model.stages), subject.count(request)
-        requests = [cascade.requests(request, way) for way in ways]
-        runs = [[self._runs(one, way) for one in each] for way, each in zip(ways, requests, strict=True)]
+        ways, count, tables = cascade.ways(self.model.stages), subject.count(request), self.tables(request)
         sources = [noise] if callable(noise) else noise
-        done, total = 0, sum(len(table.rows) for each in runs for run in each for _, table in run)
+        done, total = 0, sum(len(table.rows) for _, runs in tables for run in runs for _, table in run)
         given: dict[str, cascade.Given] = {}
-        for index, way in enumerate(ways):
-            shape, results = self.sample_shape(request, way[0]), []
+        for index, (way, (shape, runs)) in enumerate(zip(ways, tables, strict=True)):
+            results: list[dict[str, Array]] = []
             seeds = cascade.seeds(request.seed, count, index)
             draw = sources[index] if sources else loop.noise_source(seeds, shape)
-            for one, run in zip(requests[index], runs[index], strict=True):
+            for one, run in zip(cascade.requests(request, way), runs, strict=True):
                 for step in self._draw(one, run, (count, *shape), draw, given):
                     yield replace(step, index=done, total=total)
                     done += 1
                 if way[-1].gives is not None:
                     results.append(self._made(way[-1], step.sample))
             given |= cascade.given(way[-1], results)
+
+    def tables(self, request: Request) -> list[tuple[tuple[int, ...], list[list[tuple[Stage, samplers.Table]]]]]:
+        """For each way of the model (runtimes.cascade), the shape of its samples and its runs.
+
+        A run is the stages that make it, each with its table; there are two where a way draws for the negative prompt
+        too.
+        """
+        return [
+            (self.sample_shape(request, way[0]), [self._runs(one, way) for one in cascade.requests(request, way)])
+            for way in cascade.ways(self.model.stages)
+        ]
 
     def _draw(
         self, request: Request, runs: list[tuple[Stage, samplers.Table]], shape: tuple[int, ...],

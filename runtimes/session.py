@@ -6,7 +6,7 @@ A backend is one module in runtimes/backends (here) and one in exporter/compile 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -77,6 +77,19 @@ def runs_here(target: Target) -> bool:
     """Whether this machine has a device that runs a target; "local" is whatever one there is."""
     here = [device.name for device in require(target.backend).devices()]
     return target.device in here or (target.device == "local" and bool(here))
+
+
+def one_at_a_time(load: Callable[[str], Session]) -> Callable[[str], Session]:
+    """Return an opener that lets go of a graph before it opens the next: memory for the largest is enough."""
+    opened: dict[str, Session] = {}
+
+    def open_graph(name: str) -> Session:
+        if name not in opened:
+            opened.clear()
+            opened[name] = load(name)
+        return opened[name]
+
+    return open_graph
 
 
 def check_inputs(graph: Graph, inputs: Mapping[str, Array]) -> None:

@@ -26,7 +26,7 @@ COMPONENTS = {
     "tokenizer": (*CLIP_TOKENIZERS, None),
     "tokenizer_2": CLIP_TOKENIZERS,
 }
-GUIDANCE = 5.0  # diffusers' default
+GUIDANCE, INPAINTING_GUIDANCE = 5.0, 7.5  # diffusers' defaults
 STEPS = 20  # as for Stable Diffusion
 REWORKS = "StableDiffusionXLImg2ImgPipeline"
 STRENGTH = 0.3  # diffusers' default for what only reworks pictures
@@ -97,7 +97,8 @@ def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
 def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
     """One loop with classifier-free guidance; a pipeline from image to image only reworks pictures."""
     zeros = checkpoint.index.get("force_zeros_for_empty_prompt", True)
-    guidance = parts.guidance(checkpoint.components["unet"].config, GUIDANCE)
+    scale = INPAINTING_GUIDANCE if "Inpaint" in checkpoint.pipeline else GUIDANCE
+    guidance = parts.guidance(checkpoint.components["unet"].config, scale)
     guidance = replace(guidance, empty="zeros" if zeros else "text")
     sizes, negative = ({"time_ids": _time_ids(checkpoint, score)} for score in SCORES)
     return (

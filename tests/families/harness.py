@@ -30,11 +30,11 @@ from exporter.ensemble import HANDOVER, Origin
 from exporter.inspect import inspect as describe
 from runtimes import cascade, subject
 from runtimes.bench import bench
-from runtimes.bundle import verify
 from runtimes.pipeline import Pipeline
 from runtimes.request import Request
 from runtimes.session import backend
 from runtimes.target import Target
+from runtimes.verify import verify
 
 Array = NDArray[Any]
 SEED = 11

@@ -30,12 +30,12 @@ from exporter.ensemble import Origin
 from exporter.families import Shape
 from runtimes.accuracy import psnr
 from runtimes.bench import bench
-from runtimes.bundle import verify
 from runtimes.errors import DexportError
 from runtimes.hints import Hint
 from runtimes.image import read_settings
 from runtimes.pipeline import Pipeline
 from runtimes.request import Request
+from runtimes.verify import verify
 from tests.dexport.conftest import Say
 from tests.families.harness import Array, Built, build_all, build_engines, draw, encode, picture, same_noise
 from tests.families.small import SCHEDULE, stable_diffusion, stable_diffusion_xl, write_ddpm

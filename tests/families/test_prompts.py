@@ -19,13 +19,13 @@ from exporter.checkpoint import Checkpoint
 from exporter.ensemble import Origin
 from runtimes.accuracy import psnr
 from runtimes.backends import onnxruntime
-from runtimes.bundle import verify
 from runtimes.errors import DexportError
 from runtimes.pipeline import Pipeline
 from runtimes.prompts import Piece, parse
 from runtimes.request import Request
 from runtimes.session import backend
 from runtimes.target import Target
+from runtimes.verify import verify
 from tests.families.harness import Built, build_all, draw, same_noise
 from tests.families.small import sd_2, sdxl, write_ddpm
 from tests.families.test_families import LATENTS, PICTURES

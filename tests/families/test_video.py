@@ -15,9 +15,9 @@ from dexport.cli import main
 from exporter.inspect import inspect
 from runtimes.accuracy import psnr
 from runtimes.bench import bench
-from runtimes.bundle import verify
 from runtimes.errors import DexportError
 from runtimes.request import Request
+from runtimes.verify import verify
 from tests.families.harness import Array, Built, build_all, build_engines, draw, same_noise
 from tests.families.small_video import animatediff, animatediff_xl
 

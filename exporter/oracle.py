@@ -1,0 +1,319 @@
+"""diffusers' own pipeline of a checkpoint: how its configurations are to be read, and what a bundle has to follow.
+
+The pipeline class loads tokenizers, schedulers and configurations by its own rules, and repairs them in its own
+constructor; nothing here knows what it repairs. Only the weights are lent: a module of the pipeline has parameters
+without bytes, and each is read from the checkpoint's file, and widened, whenever its module asks for it. So a pipeline
+of any size fits beside everything else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from exporter import families
+from exporter.checkpoint import LIBRARIES, Checkpoint, Component, TokenizerFiles, finite_config
+from exporter.combined import COMBINED, PREFIX
+from exporter.reference import lend
+from exporter.trace import Unfilled, quiet
+from exporter.weights import parameter_shapes, tied
+from runtimes.errors import DexportError
+from runtimes.safetensors import Stored
+
+LATENTS = {"vae", "vqvae", "movq", "vqgan"}  # components that make latents of an image
+# Classes that take latents_mean in on one side of the autoencoder alone, or on none.
+WITHOUT_MEAN = ("StableDiffusionXLInpaintPipeline", "AnimateDiffSDXLPipeline")
+UNSET = "_use_default_values"  # a live config's list of the options that its file did not have
+
+
+def as_diffusers_reads(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with its configurations as diffusers' pipeline has them once it is made.
+
+    Schedulers are of the class that the pipeline gave them, with the options that it ended up with; of a component's
+    config only what the pipeline changed is taken. Raises DexportError where diffusers cannot make the pipeline.
+    """
+    if checkpoint.in_memory:
+        return checkpoint
+    pipe = construct(checkpoint)
+    components = dict(checkpoint.components)
+    for name, part in components.items():
+        module = pipe.components.get(name)
+        if hasattr(module, "config_as_loaded"):
+            changed = {
+                key: value for key, value in dict(module.config).items() if module.config_as_loaded.get(key) != value
+            }
+            components[name] = replace(part, config={**part.config, **_plain(changed)})
+    schedulers = {name: _scheduler(checkpoint, name, pipe.components[name]) for name in checkpoint.schedulers}
+    main = families.schedulers(checkpoint.family)[0]
+    return replace(checkpoint, components=components, schedulers=schedulers, scheduler=schedulers[main])
+
+
+def _scheduler(checkpoint: Checkpoint, name: str, live: Any) -> dict[str, Any]:
+    """A live scheduler's class and the options that its file or the pipeline's constructor set.
+
+    What is the class's default is left out, so that another sampler takes its own, as with diffusers' ``from_config``.
+    """
+    config = dict(live.config)
+    unset = config.pop(UNSET, ())
+    defaults = {key: item.default for key, item in inspect.signature(type(live).__init__).parameters.items()}
+    config = {
+        key: value
+        for key, value in config.items()
+        if not key.startswith("_") and not (key in unset and value == defaults.get(key))
+    }
+    config["_class_name"] = type(live).__name__
+    if "clip_sample" not in defaults and LATENTS & checkpoint.components.keys():
+        config.setdefault(
+            "clip_sample", False
+        )  # latents have no bounds; samplers that clip do so where nothing is said
+    return finite_config(checkpoint.path / name / "scheduler_config.json", _plain(config))
+
+
+def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
+    """As a JSON file would have it: lists for tuples, and numbers for arrays of them."""
+    plain: dict[str, Any] = json.loads(json.dumps(value, default=lambda item: item.tolist()))
+    return plain
+
+
+def construct(checkpoint: Checkpoint, class_name: str | None = None) -> Any:
+    """diffusers' pipeline of a checkpoint, in fp32 on the CPU, with parameters that have no values: see ``lend``.
+
+    class_name: another pipeline class than the checkpoint's, made of the same parts. Raises DexportError where
+    diffusers cannot make it.
+    """
+    import diffusers
+
+    name = class_name or _own_class(checkpoint)
+    try:
+        with quiet(), Unfilled():
+            if name in {both for _, both in COMBINED.values()} and _prior_folder(checkpoint) is not None:
+                pipe = _of_two(checkpoint, name)
+            else:
+                pipe = _of_folder(getattr(diffusers, name), checkpoint, _folder(checkpoint))
+    except DexportError:
+        raise
+    except Exception as error:  # each class fails in its own way over a file that it was not made for
+        raise DexportError(f"{checkpoint.path}: diffusers' {name} cannot be made of it: {_line(error)}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def pipelines(checkpoint: Checkpoint) -> list[Any]:
+    """diffusers' own pipelines of what a checkpoint became on the way in: one, or a base and its refiner.
+
+    Empty where diffusers has no class for it.
+    """
+    if checkpoint.in_memory:
+        return []
+    found = []
+    for part in (checkpoint, checkpoint.refiner):
+        if part is not None:
+            name = _for_task(part)
+            if name is None:
+                return []
+            pipe = construct(part, name)
+            for scheduler, wanted in {**part.schedulers, families.schedulers(part.family)[0]: part.scheduler}.items():
+                _set_scheduler(part, pipe, scheduler, wanted)
+            found.append(pipe)
+    return found
+
+
+def _for_task(checkpoint: Checkpoint) -> str | None:
+    """The class that generates from noise, of a checkpoint whose own class may start from an image."""
+    if checkpoint.hints:
+        return None
+    return None if known_fault(checkpoint, checkpoint.pipeline) else checkpoint.pipeline
+
+
+def known_fault(checkpoint: Checkpoint, class_name: str) -> str:
+    """Where diffusers' own class is known to be wrong, and so is no oracle: why; else ""."""
+    vae = checkpoint.components.get("vae")
+    if class_name in WITHOUT_MEAN and vae is not None and vae.config.get("latents_mean") is not None:
+        return f"{class_name} leaves out the mean of its autoencoder's latents, which others take in"
+    return ""
+
+
+def _set_scheduler(checkpoint: Checkpoint, pipe: Any, name: str, wanted: Mapping[str, Any]) -> None:
+    """Give a pipeline the scheduler that was asked for, as its users do: with ``from_config`` of its own."""
+    live = pipe.components[name]
+    own = _scheduler(checkpoint, name, live)
+    if dict(wanted) == own:
+        return
+    changes = {key: value for key, value in wanted.items() if own.get(key) != value and key != "_class_name"}
+    made = _class(str(wanted["_class_name"])).from_config(live.config, **changes)
+    for owner in (pipe, *(getattr(pipe, inner) for inner in ("prior_pipe", "decoder_pipe") if hasattr(pipe, inner))):
+        for key, part in owner.components.items():
+            if part is live:
+                owner.register_modules(**{key: made})
+
+
+def with_class(pipe: Any, name: str) -> Any:
+    """A pipeline's parts in another class of diffusers'."""
+    import diffusers
+
+    kind = getattr(diffusers, name)
+    expected, optional = kind._get_signature_keys(kind)
+    options = {option: pipe.config[option] for option in optional if option in pipe.config}
+    with quiet():
+        made = kind(**{part: pipe.components.get(part) for part in expected}, **options)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def _own_class(checkpoint: Checkpoint) -> str:
+    """The pipeline class of the checkpoint's own file, or what it became on the way in."""
+    named = str(checkpoint.index.get("_class_name"))
+    return named if families.SAME.get(named, named) == checkpoint.pipeline else checkpoint.pipeline
+
+
+def _folder(checkpoint: Checkpoint) -> Path:
+    """The folder with the checkpoint's configurations: its own, or that of a single file's kind."""
+    return checkpoint.files["model_index.json"].parent
+
+
+def _prior_folder(checkpoint: Checkpoint) -> Path | None:
+    """The folder of a prior that was saved by itself."""
+    named = {name: file for name, file in checkpoint.files.items() if name.startswith(PREFIX)}
+    folder = next(iter(named.values())).parents[1] if named else _folder(checkpoint)
+    return None if folder == _folder(checkpoint) else folder
+
+
+def _of_folder(kind: Any, checkpoint: Checkpoint, folder: Path, prefix: str = "") -> Any:
+    """A pipeline that its class loads from a folder, but for the weights.
+
+    prefix: of the checkpoint's names for the folder's components. Neither what the pipeline does not compute with (a
+    safety checker) nor anything that we have not read ourselves is loaded: files name classes, and not all are to be
+    trusted.
+    """
+    expected, optional = kind._get_signature_keys(kind)
+    passed: dict[str, Any] = dict.fromkeys(expected)
+    for name in expected:
+        own = f"{prefix}{name}"
+        if own in checkpoint.components:
+            passed[name] = hollow(checkpoint, checkpoint.components[own], folder / name)
+        elif own in checkpoint.schedulers:
+            passed[name] = _class(_named(checkpoint, own)).from_pretrained(folder / name, local_files_only=True)
+        elif own in checkpoint.tokenizers:
+            passed[name] = _tokenizer(checkpoint, checkpoint.tokenizers[own])
+    if "requires_safety_checker" in optional:
+        passed["requires_safety_checker"] = False
+    if all(_is_known(value) for value in checkpoint.index.values()):
+        return kind.from_pretrained(folder, local_files_only=True, dtype=torch.float32, **passed)
+    options = {name: checkpoint.index[name] for name in optional if name in checkpoint.index}
+    return kind(**{**options, **passed})
+
+
+def _is_known(value: Any) -> bool:
+    """Whether diffusers still loads what a line of model_index.json names; of some classes it does no longer."""
+    from diffusers import pipelines
+
+    named = isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
+    return not named or value[0] in LIBRARIES[:2] or hasattr(pipelines, value[0])
+
+
+def _named(checkpoint: Checkpoint, component: str) -> str:
+    """The class that model_index.json names."""
+    return str(checkpoint.index[component][1])
+
+
+def _of_two(checkpoint: Checkpoint, name: str) -> Any:
+    """The combined pipeline of a decoder's folder and its prior's, each loaded by its own class."""
+    import diffusers
+
+    decoder, prior = next((one, two) for one, (two, both) in COMBINED.items() if both == name)
+    folder = _prior_folder(checkpoint)
+    assert folder is not None
+    first = _of_folder(getattr(diffusers, prior), checkpoint, folder, PREFIX)
+    second = _of_folder(getattr(diffusers, decoder), checkpoint, _folder(checkpoint))
+    parts = {**second.components, **{f"{PREFIX}{key}": part for key, part in first.components.items()}}
+    return getattr(diffusers, name)(**parts)
+
+
+def hollow(checkpoint: Checkpoint, part: Component, folder: Path) -> Any:
+    """A component as its class makes it of its config.json, in fp32, with parameters that are lent.
+
+    What was said of the checkpoint on the way in (a learned word, a layer left out) changes its config here too.
+    """
+    kind = _class(part.class_name)
+    if hasattr(kind, "load_config"):
+        raw = dict(kind.load_config(folder)) if _is_own(part, folder) else dict(part.config)
+        module = kind.from_config({**raw, **_changes(part, raw)})
+        module.config_as_loaded = dict(module.config)
+    else:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = kind.config_class.from_pretrained(folder, local_files_only=True)
+        for key, value in _changes(part, raw).items():
+            setattr(config, key, value)
+        module = kind(config)
+    module = module.to(torch.float32).eval().requires_grad_(False)
+    lend(module, _weights(checkpoint, part, module))
+    return module
+
+
+def _is_own(part: Component, folder: Path) -> bool:
+    """Whether a component is what its folder holds, and not one that was put together of several."""
+    file = folder / "config.json"
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("_class_name") == part.class_name
+
+
+def _changes(part: Component, raw: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in part.config.items() if raw.get(key) != value}
+
+
+def _class(name: str) -> Any:
+    """A class of the allowed libraries: diffusers', transformers', or one beside a pipeline of diffusers."""
+    for library in ("diffusers", "transformers"):
+        module = importlib.import_module(library)
+        if hasattr(module, name):
+            return getattr(module, name)
+    from diffusers import pipelines
+
+    for library in LIBRARIES:
+        beside = getattr(pipelines, library, None) or getattr(pipelines.deprecated, library, None)
+        if hasattr(beside, name):
+            return getattr(beside, name)
+    raise DexportError(f"the installed diffusers has no class {name}; install another version of it")
+
+
+def _tokenizer(checkpoint: Checkpoint, files: TokenizerFiles) -> Any:
+    import transformers
+
+    made = getattr(transformers, files.class_name).from_pretrained(files.path, local_files_only=True)
+    if checkpoint.words:
+        made.add_tokens(list(checkpoint.words))
+    return made
+
+
+def _weights(checkpoint: Checkpoint, part: Component, module: torch.nn.Module) -> dict[str, Stored]:
+    """The stored tensor of each parameter and buffer, by its name in the module.
+
+    A class may have more around what we compute with (the head of a language model): it has values nowhere, and what
+    is not alike by our reading shows in what the pipeline gives.
+    """
+    renamed = {checkpoint.family.rename(part.name, name): entry for name, entry in part.entries.items()}
+    renamed |= {name: entry for name, entry in part.entries.items() if name not in renamed}
+    found: dict[str, Stored] = {}
+    for name in (*parameter_shapes(module), *(name for name, _ in module.named_buffers())):
+        ways = (".".join(name.split(".")[level:]) for level in range(name.count(".") + 1))
+        entry = next((renamed[way] for way in ways if way in renamed), None)
+        if entry is not None:
+            found[name] = entry
+    for name, twin in tied(module).items():
+        if name not in found and twin in found:
+            found[name] = found[twin]
+        elif twin not in found and name in found:
+            found[twin] = found[name]
+    return found
+
+
+def _line(error: Exception) -> str:
+    """The kind of an error, and the first line of what it says."""
+    said: Iterable[str] = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {next(iter(said), '')}"[:300]

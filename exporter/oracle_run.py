@@ -1,0 +1,315 @@
+"""A run of diffusers' own pipeline, watched: what its scheduler was given at each step, its tokens and its image.
+
+All pipelines, whatever they do inside, call ``scheduler.step(output, timestep, sample)``. What goes in there is what
+our loop has too, so the two can be compared without knowing the family.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import chain, islice
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.overrides import TorchFunctionMode
+
+from exporter import families
+from exporter.trace import quiet
+from runtimes import cascade, loop, subject
+from runtimes.errors import DexportError, Progress, silent
+from runtimes.manifest import Model
+from runtimes.pipeline import Pipeline
+from runtimes.request import Request, scale, strength
+
+Array = NDArray[Any]
+Draw = Callable[[], Array]
+STEPS, GUIDANCE = "num_inference_steps", "guidance_scale"
+# What a class calls the steps and the guidance of a chain of stages, where it does not begin with the chain's name.
+CALLED = {"superresolution": "super_res"}
+# What our bundles do not do to a prompt or a size, each by default on in diffusers (docs/exactness.md).
+LEFT_OUT = {"clean_caption": False, "use_resolution_binning": False}
+COUNTS_FROM_0 = ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline")  # scales of guidance
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of a scheduler: the timestep, the sample before and after it, and the model's output, torch's own."""
+
+    t: float
+    before: torch.Tensor
+    output: torch.Tensor
+    after: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a pipeline did: its steps, the token ids [B, S] that text encoders were given, and its image or video.
+
+    image: float32 [B, 3, H, W] in [0, 1], or [B, F, 3, H, W]. unpack: latents of the pipeline's layout to [B, C, h, w].
+    """
+
+    steps: tuple[Step, ...]
+    tokens: tuple[Array, ...]
+    image: Array
+    unpack: Callable[[torch.Tensor], torch.Tensor]
+
+    def laid_out(self, values: torch.Tensor, shape: Sequence[int]) -> Array | None:
+        """A sample or an output as our loop has it, of a ``shape`` [B, C, ...]; None for one of another size.
+
+        Of an output that holds a learned variance too, that is left out.
+        """
+        if values.ndim == 3 and len(shape) == 4:
+            values = self.unpack(values)
+        found: Array = values.float().numpy()
+        if len(found) == 2 * shape[0]:  # with and without the condition, which are the same sample
+            found = found[: shape[0]]
+        size = int(np.prod(shape))
+        if found.size == size:
+            return found.reshape(shape)
+        if found.ndim == len(shape) and found.shape[1] > shape[1]:
+            found = found[:, : shape[1]]
+            return found if found.shape == tuple(shape) else None
+        return None
+
+
+def run(
+    pipes: Sequence[Any], pipeline: Pipeline, request: Request, *, explicit: frozenset[str], progress: Progress = silent
+) -> Run:
+    """Run diffusers' pipelines on a request, with the noise that ``pipeline``, ours, draws for it.
+
+    pipes: one, or a base and its refiner. explicit: which of "guidance" and "size" are said to them; what is not is
+    left to their own defaults. Raises DexportError where diffusers itself fails.
+    """
+    steps: list[Step] = []
+    tokens: list[Array] = []
+    total = sum(len(table.rows) for _, runs in pipeline.tables(request) for run in runs for _, table in run)
+
+    def step(*values: Any) -> None:
+        steps.append(Step(*values))
+        progress(f"diffusers: step {len(steps)}/{total}", min(len(steps) / (total + 1), 1.0))
+
+    words = arguments(pipes[0], pipeline.model, request, explicit)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(quiet())
+            stack.enter_context(torch.inference_mode())
+            for pipe in pipes:
+                stack.enter_context(_watched(pipe, step, tokens.append))
+            stack.enter_context(_SharedNoise(pipeline, request))
+            if len(pipes) > 1:
+                at = pipeline.model.stages[-1].span[0]
+                words["image"] = pipes[0](**{**words, "output_type": "latent", "denoising_end": at}).images
+                words = {**arguments(pipes[1], pipeline.model, request, explicit), "image": words["image"]}
+                words["denoising_start"] = at
+            result = pipes[-1](**words)
+    except Exception as error:  # whatever a pipeline of diffusers raises for what it was not made for
+        said = next(iter(str(error).strip().splitlines()), "")
+        raise DexportError(
+            f"diffusers' own {type(pipes[-1]).__name__} does not run: {type(error).__name__}: {said:.300}"
+        ) from error
+    return Run(tuple(steps), tuple(tokens), _image(result), _unpacked(pipes[-1], words, _image(result)))
+
+
+def arguments(pipe: Any, model: Model, request: Request, explicit: frozenset[str]) -> dict[str, Any]:
+    """A request in the words of a pipeline's ``__call__``."""
+    known = inspect.signature(pipe.__call__).parameters
+    last, count = model.stages[-1], subject.count(request)
+    words: dict[str, Any] = {"output_type": "np", "batch_size": count, **LEFT_OUT}
+    if request.prompts:
+        words["prompt"] = list(request.prompts)
+        words["max_sequence_length"] = max((tokenizer.length for tokenizer in model.tokenizers), default=None)
+    if model.stages[0].labels is not None:
+        words["class_labels"] = subject.numbers(model.stages[0].labels, request.labels)
+    main = cascade.main(model.stages)[0]
+    is_true_cfg = main.guidance.kind == "cfg" and "true_cfg_scale" in known  # which needs a negative prompt, if empty
+    if request.negative_prompt or (is_true_cfg and request.prompts):
+        words["negative_prompt"] = [request.negative_prompt]
+    for way in cascade.ways(model.stages):
+        words |= _of_chain(way, model, request, explicit, known, is_true_cfg, type(pipe).__name__)
+    height, width = (side * last.factor for side in last.sample[-2:]) if len(last.sample) > 2 else (0, 0)
+    if request.image is not None:
+        words |= {"image": request.image, "mask_image": request.mask}
+        if not subject.shown(model):
+            words["strength"] = float(strength(model, request))
+    is_fixed = "height" in known and known["height"].default not in (None, height)  # whatever the checkpoint says
+    if "size" in explicit or is_fixed or request.image is not None:
+        words |= {"height": height, "width": width}
+    if last.fps is not None:
+        words["num_frames"] = last.sample[1]
+    if "intermediate_timesteps" in known and words.get(STEPS) != 2:
+        words["intermediate_timesteps"] = None
+    return {name: value for name, value in words.items() if name in known and (value is not None or name in NONE_SAID)}
+
+
+NONE_SAID = ("intermediate_timesteps",)  # None is not the default of these
+
+
+def _of_chain(
+    way: cascade.Way, model: Model, request: Request, explicit: frozenset[str], known: Mapping[str, Any],
+    is_true_cfg: bool, pipe: str,
+) -> dict[str, Any]:  # fmt: skip
+    """The steps and the guidance of one chain of stages."""
+    name, words = CALLED.get(way[0].name, way[0].name), {}
+    steps = cascade.setting(model.stages, way, request.steps)
+    if steps is not None:
+        words[f"{name}_{STEPS}" if f"{name}_{STEPS}" in known else STEPS] = steps
+    if "guidance" in explicit and way == cascade.main(model.stages):
+        own = scale(model, request, way)
+        assert isinstance(own, int | float)
+        called = "true_cfg_scale" if is_true_cfg else f"{name}_{GUIDANCE}"
+        words[called if called in known else GUIDANCE] = own - 1 if pipe in COUNTS_FROM_0 else float(own)
+    return words
+
+
+@contextmanager
+def _watched(pipe: Any, step: Callable[..., None], tokens: Callable[[Array], None]) -> Iterator[None]:
+    """Hear of each step of a pipeline's schedulers, and of each call of its text encoders."""
+    parts = dict(pipe.components)
+    vae = parts.get("vae")
+    schedulers = [part for part in (*parts.values(), getattr(vae, "decoder_scheduler", None)) if _steps(part)]
+    hooks = []
+    with ExitStack() as stack:
+        for scheduler in {id(part): part for part in schedulers}.values():
+            stack.enter_context(_replaced(scheduler, "step", _heard(scheduler, step)))
+        if vae is not None and hasattr(vae, "encode"):
+            stack.enter_context(_replaced(vae, "encode", _mode_of(vae.encode)))
+        try:
+            for part in parts.values():
+                if isinstance(part, torch.nn.Module) and hasattr(part, "get_input_embeddings"):
+                    hooks.append(part.register_forward_pre_hook(_told(tokens), with_kwargs=True))
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _steps(part: Any) -> bool:
+    return hasattr(part, "set_timesteps") and hasattr(part, "step")
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, function: Any) -> Iterator[None]:
+    """An object with one method replaced."""
+    setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        delattr(owner, name)
+
+
+def _heard(scheduler: Any, tell: Callable[..., None]) -> Callable[..., Any]:
+    original = scheduler.step
+
+    @functools.wraps(original)  # pipelines look at its parameters
+    def step(model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+        before, output = sample.clone(), model_output.clone()
+        result = original(model_output, timestep, sample, *args, **kwargs)
+        after = result[0] if isinstance(result, tuple) else result.prev_sample
+        tell(float(torch.as_tensor(timestep).flatten()[0]), before, output, after.clone())
+        return result
+
+    return step
+
+
+def _mode_of(encode: Callable[..., Any]) -> Callable[..., Any]:
+    """An autoencoder's ``encode`` whose latents are the mode of their distribution, as ours are, in place of a draw."""
+
+    @functools.wraps(encode)
+    def encoded(*args: Any, **kwargs: Any) -> Any:
+        result = encode(*args, **kwargs)
+        kind = getattr(result, "latent_dist", None)
+        if kind is None:
+            return result
+        mode = kind.mode()
+        return SimpleNamespace(latent_dist=SimpleNamespace(sample=lambda *_, **__: mode, mode=lambda: mode))
+
+    return encoded
+
+
+def _told(tokens: Callable[[Array], None]) -> Callable[..., None]:
+    def hook(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if isinstance(ids, torch.Tensor) and ids.ndim == 2:
+            tokens(ids.numpy().copy())
+
+    return hook
+
+
+class _SharedNoise(TorchFunctionMode):
+    """Gives ``torch.randn`` the noise that our pipeline draws for a request, by the shape that is asked for.
+
+    Where several chains of stages draw the same shape, each has as many draws as its table takes.
+    """
+
+    def __init__(self, pipeline: Pipeline, request: Request) -> None:
+        super().__init__()
+        self._draws: dict[tuple[int, ...], Iterator[Array]] = {}
+        count = subject.count(request)
+        found: dict[tuple[int, ...], list[tuple[Draw, int]]] = {}
+        for index, (shape, runs) in enumerate(pipeline.tables(request)):
+            draw = loop.noise_source(cascade.seeds(request.seed, count, index), shape)
+            drawn = (bool(row.x_z or row.s_z) for run in runs for _, table in run for row in table.rows)
+            used = len(runs) + sum(drawn)
+            found.setdefault(_key((count, *shape)), []).append((draw, used))
+        for key, sources in found.items():
+            *first, (last, _) = sources
+            self._draws[key] = chain(*(islice(_endless(draw), used) for draw, used in first), _endless(last))
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.randn or func is torch.randn_like:
+            shape = tuple(args[0].shape if func is torch.randn_like else args[0] if len(args) == 1 else args)
+            if _key(shape) in self._draws:
+                return torch.from_numpy(next(self._draws[_key(shape)])).float().reshape(shape)
+        return func(*args, **kwargs)
+
+
+def _key(shape: Sequence[int]) -> tuple[int, ...]:
+    """Sides of 1 come and go: a video of one frame is an image to us."""
+    return tuple(side for side in shape if side != 1)
+
+
+def _endless(draw: Draw) -> Iterator[Array]:
+    while True:
+        yield draw()
+
+
+def _image(result: Any) -> Array:
+    """A result's images [B, 3, H, W], or videos [B, F, 3, H, W], float32 in [0, 1]."""
+    found = np.asarray(getattr(result, "images", None) if hasattr(result, "images") else result.frames, np.float32)
+    return np.moveaxis(found, -1, -3)
+
+
+def _unpacked(pipe: Any, words: Mapping[str, Any], image: Array) -> Callable[[torch.Tensor], torch.Tensor]:
+    """diffusers' own way from packed latents to [B, C, h, w]."""
+
+    def unpack(values: torch.Tensor) -> torch.Tensor:
+        if not hasattr(pipe, "_unpack_latents"):
+            return values
+        return pipe._unpack_latents(values, *image.shape[-2:], pipe.vae_scale_factor)  # type: ignore[no-any-return]
+
+    return unpack
+
+
+def tasks(class_name: str) -> dict[str, str]:
+    """diffusers' pipeline classes for the same checkpoint: "image to image" and "inpainting", where it has them."""
+    from diffusers.pipelines import auto_pipeline as auto
+
+    found = {}
+    for task, mapping in (
+        ("image to image", auto.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING),
+        ("inpainting", auto.AUTO_INPAINT_PIPELINES_MAPPING),
+    ):
+        kind = auto._get_task_class(mapping, class_name, throw_error_if_not_exist=False)
+        if kind is not None and kind.__name__ in (*families.PIPELINES, *families.SAME):
+            found[task] = kind.__name__
+    return found

@@ -1,0 +1,352 @@
+"""The reference of a build: what diffusers' own pipeline does, and that our reading of the checkpoint follows it.
+
+diffusers' pipeline runs a few steps of its own ``__call__``. Then our pipeline goes the same way with the torch modules
+of our graphs: its loop is given diffusers' outputs, step by step, and must come to the same timesteps and samples; at
+some of the steps, at the first and the last among them, the torch modules are called too, and must give the same
+output. The first thing in which the two part is the error. The calls of the torch modules are kept: a bundle's graphs
+are compared with them one by one.
+
+A model that diffusers has no class for is compared with its own torch modules alone, and its manifest says so.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporter import oracle, oracle_run, reference
+from exporter.checkpoint import Checkpoint
+from exporter.oracle_run import Run
+from runtimes import cascade, example, loop, samplers, subject
+from runtimes.accuracy import compare, psnr
+from runtimes.errors import DexportError, GateError, Progress, silent
+from runtimes.manifest import Graph, Model, Stage
+from runtimes.pipeline import Pipeline
+from runtimes.request import Request
+from runtimes.session import Session, one_at_a_time
+from runtimes.verify import prompt_tokens
+
+Array = NDArray[Any]
+STEPS = 6  # of each chain of stages at default settings: enough timesteps to see drift, few for a large model on a CPU
+FEW = 2  # at other settings
+# A start from an image in steps and strength of which no product is whole, since families round it in their own ways.
+IMAGE_STEPS, IMAGE_STRENGTH = 3, 0.6
+LONG_PROMPT = (
+    "an old wooden boat on a calm lake in the morning, mountains behind it in the mist, soft light, highly detailed"
+)
+NEGATIVE_PROMPT = "blurry, dark"
+OTHER_GUIDANCE = 3.0
+# What our reading must reach against diffusers' in fp32, in dB. Both round to float32 at every step, and some of
+# diffusers' schedulers lose digits in it: the samples of the two are 60 dB apart at worst, and 110 as a rule.
+SAMPLES, OUTPUTS, IMAGES = 55.0, 60.0, 45.0
+TIMESTEP = 1e-3  # the largest difference of two timesteps, whose rounding differs
+
+
+@dataclass(frozen=True)
+class Call:
+    """One recorded call of a graph."""
+
+    inputs: Mapping[str, Array]
+    outputs: Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of the reference: its name, the request, the latents after each step of our loop, and the image."""
+
+    name: str
+    request: Request
+    latents: tuple[Array, ...]
+    image: Array
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a bundle must follow: the cases, that at default settings first, and calls of torch modules by graph.
+
+    oracle: whose runs these are, for the manifest. subject: the prompt, class or number at default settings. tokens: of
+    its prompt, by the text graphs' inputs.
+    """
+
+    oracle: str
+    subject: str
+    cases: tuple[Case, ...]
+    calls: Mapping[str, tuple[Call, ...]]
+    tokens: Mapping[str, Array]
+
+    @property
+    def request(self) -> Request:
+        """The request at default settings."""
+        return self.cases[0].request
+
+    @property
+    def image(self) -> Array:
+        """The image at default settings, [B, 3, H, W], or the video."""
+        return self.cases[0].image
+
+
+class TorchSession:
+    """A graph's torch module behind the session protocol; every call is kept in ``calls``."""
+
+    max_batch: int | None = None
+
+    def __init__(
+        self, checkpoint: Checkpoint, name: str, graph: Graph, calls: list[Call], size: tuple[int, int] | None = None
+    ) -> None:
+        """Load the reference module of graph ``name``, for images of a size in pixels or of the checkpoint's own."""
+        self._module = reference.load(checkpoint, name, size)
+        self._name = name
+        self._graph = graph
+        self._calls = calls
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the module in fp32 and record the call."""
+        import torch
+
+        try:
+            with torch.inference_mode():
+                result = self._module(*(torch.from_numpy(inputs[tensor.name]) for tensor in self._graph.inputs))
+        except IndexError as error:
+            labels = inputs.get("labels")
+            what = "does not run" if labels is None else f"does not take the label {labels.max()}"
+            raise DexportError(f"the torch model of graph {self._name} {what} ({error})") from error
+        values = result if isinstance(result, tuple) else (result,)
+        outputs = {tensor.name: value.numpy() for tensor, value in zip(self._graph.outputs, values, strict=True)}
+        for name, value in outputs.items():
+            if not np.isfinite(value).all():
+                raise DexportError(
+                    f"the torch model itself gives NaN or infinity for {name!r} of graph {self._name}, in fp32; the "
+                    "checkpoint is damaged or its training diverged"
+                )
+        self._calls.append(Call(dict(inputs), outputs))
+        return outputs
+
+
+def record(checkpoint: Checkpoint, model: Model, hub: Path, progress: Progress = silent) -> Reference:
+    """Run diffusers' pipeline and ours with the torch modules, and keep all that the gate compares with.
+
+    Raises GateError with the first thing in which our reading of the checkpoint parts from diffusers' own.
+    """
+    calls: dict[str, list[Call]] = {name: [] for name in model.graphs}
+    pixels = size(model)
+    open_graph = one_at_a_time(lambda name: TorchSession(checkpoint, name, model.graphs[name], calls[name], pixels))
+    pipes = oracle.pipelines(checkpoint)
+    asked = list(_asked(checkpoint, model, pipes))
+    cases = []
+    for index, (name, kind, request, explicit) in enumerate(asked):
+        share = _within(progress, index / len(asked), 1 / len(asked))
+        if not pipes:
+            cases.append(_alone(name, Pipeline(model, hub, open_graph), request, share))
+            break
+        used = [oracle.with_class(pipes[0], kind)] if kind else pipes
+        run = oracle_run.run(
+            used, Pipeline(model, hub, open_graph), request, explicit=explicit, progress=_within(share, 0, 0.7)
+        )
+        follower = Following(model, hub, open_graph, run, f"{type(used[-1]).__name__}, {name}")
+        cases.append(follower.follow(name, request, _within(share, 0.7, 0.3)))
+        del run, follower
+    encoder = cascade.main(model.stages)[0].encoder
+    if encoder is not None and not calls[encoder]:
+        open_graph(encoder).run({"image": cases[0].image})
+    progress("reference: done", 1.0)
+    whose = f"diffusers {' and '.join(type(pipe).__name__ for pipe in pipes)}" if pipes else "torch modules alone"
+    tokens = prompt_tokens(Pipeline(model, hub, open_graph).prompts, model.stages, cases[0].request)
+    return Reference(
+        whose, example.one(model), tuple(cases), {name: tuple(kept) for name, kept in calls.items()}, tokens
+    )
+
+
+def _asked(
+    checkpoint: Checkpoint, model: Model, pipes: Sequence[Any]
+) -> Iterator[tuple[str, str | None, Request, frozenset[str]]]:
+    """The cases to run: a name, diffusers' class if it is another one, the request, and what to say to diffusers."""
+    said = frozenset({"size"} if size(model) != checkpoint.family.default_shape(checkpoint) else ())
+    default = said | ({"guidance"} if checkpoint.guidance is not None else frozenset())
+    main, few = cascade.main(model.stages)[0], cascade.few(model.stages, STEPS)
+    is_img2img = main.strength is not None
+    request = example.request(model, example.one(model), steps=few)
+    if is_img2img:
+        request = example.from_image(model, example.one(model), steps=few, strength=IMAGE_STRENGTH)
+    yield "default settings", None, request, default
+    if not pipes:
+        return
+    settings: dict[str, Any] = {"steps": cascade.few(model.stages, FEW)}
+    if main.guidance.kind != "none":
+        settings["guidance"] = OTHER_GUIDANCE
+    subjects = example.one(model) if model.stages[0].text is None or checkpoint.chunks > 1 else LONG_PROMPT
+    # Kandinsky makes what it gives for the negative prompt in the same batch, so its steps are not ours.
+    gives_negative = any(stage.gives_negative for stage in model.stages)
+    if (
+        main.guidance.kind == "cfg"
+        and not gives_negative
+        and "negative_prompt" in inspect.signature(pipes[0].__call__).parameters
+    ):
+        settings["negative_prompt"] = NEGATIVE_PROMPT
+    if main.guidance.kind != "none" or subjects != example.one(model):
+        if is_img2img:
+            other = example.from_image(model, subjects, strength=0.9, **settings)
+        else:
+            other = example.request(model, subjects, **settings)
+        yield "other settings", None, other, said | {"guidance"}
+    if main.encoder is None or is_img2img or subject.shown(model) or subject.paints(model) or len(pipes) > 1:
+        return
+    for task, kind in oracle_run.tasks(type(pipes[0]).__name__).items():
+        if oracle.known_fault(checkpoint, kind):
+            continue
+        begun = example.from_image(
+            model, example.one(model), masked=task == "inpainting", steps=cascade.few(model.stages, IMAGE_STEPS),
+            strength=IMAGE_STRENGTH,
+        )  # fmt: skip
+        yield task, kind, begun, default
+
+
+def size(model: Model) -> tuple[int, int] | None:
+    """Height and width in pixels of the images that a model makes."""
+    last = model.stages[-1]
+    return (last.sample[-2] * last.factor, last.sample[-1] * last.factor) if len(last.sample) > 2 else None
+
+
+def _alone(name: str, pipeline: Pipeline, request: Request, progress: Progress) -> Case:
+    """The torch modules through our own pipeline, where diffusers has none."""
+    latents = []
+    for step in pipeline.generate(request):
+        progress(f"reference: step {step.index + 1}/{step.total}", step.index / (step.total + 1))
+        latents.append(step.sample)
+    return Case(name, request, tuple(latents), pipeline.decode(latents[-1], request))
+
+
+class Following(Pipeline):
+    """Our pipeline on diffusers' way: its loop is given diffusers' outputs, and must come to diffusers' samples."""
+
+    def __init__(self, model: Model, folder: Path, open_graph: Callable[[str], Session], run: Run, whose: str) -> None:
+        """Follow ``run``; ``whose``: what an error calls it."""
+        super().__init__(model, folder, open_graph)
+        self._run, self._whose, self._done = run, whose, 0
+
+    def follow(self, name: str, request: Request, progress: Progress) -> Case:
+        """The run as our loop has it. Raises GateError where the two part."""
+        steps, run = [], self._run
+        self._check_size(request)
+        self._check_timesteps(request)
+        for step in self.generate(request):
+            progress(f"reference: step {step.index + 1}/{step.total}", step.index / (step.total + 1))
+            steps.append(step.sample)
+        mine = self.decode(steps[-1], request)
+        theirs = np.broadcast_to(run.image, mine.shape)  # grey images have one channel
+        if not psnr(theirs, mine) >= IMAGES:
+            raise self._parted("the decoded image", f"{psnr(theirs, mine):.1f} dB PSNR")
+        return Case(name, request, tuple(steps), np.ascontiguousarray(theirs))
+
+    def _check_size(self, request: Request) -> None:
+        mine, theirs = self._pixels(request), self._run.image.shape[-2:]
+        if mine != theirs:
+            raise self._parted(
+                "the size of the image", f"{mine[0]}x{mine[1]} where diffusers has {theirs[0]}x{theirs[1]}"
+            )
+
+    def _check_timesteps(self, request: Request) -> None:
+        mine = [
+            row.t
+            for _, runs in self.tables(request)
+            for run in runs
+            for _, table in run
+            for row in table.rows
+            if row.calls
+        ]
+        theirs = [step.t for step in self._run.steps]
+        if len(mine) != len(theirs) or not np.allclose(mine, theirs, rtol=1e-5, atol=TIMESTEP):
+            raise self._parted("the timesteps", f"{_listed(mine)} where diffusers has {_listed(theirs)}")
+
+    def _check_tokens(self, stage: Stage, request: Request) -> None:
+        if stage.text is None:
+            return
+        every = [(request.prompts, False)]
+        if request.negative_prompt and stage.guidance.kind == "cfg":
+            every.append(([request.negative_prompt], True))
+        pads = {spec.input: spec.pad for spec in self.model.tokenizers}
+        for prompts, negative in every:
+            for name, ids in self.prompts.tokenize(stage, prompts, negative=negative).ids.items():
+                for row in ids.reshape(-1, ids.shape[-1]):
+                    mine = _trimmed(row, pads[name])
+                    if not any(_trimmed(other, pads[name]) == mine for given in self._run.tokens for other in given):
+                        near = [_trimmed(other, pads[name]) for given in self._run.tokens for other in given]
+                        raise self._parted(
+                            "the tokens",
+                            f"{_listed(mine)} of {prompts[0]!r:.40} where diffusers has "
+                            + " or ".join(_listed(other) for other in near[:3]),
+                        )
+
+    def _denoiser(
+        self, stage: Stage, request: Request, table: samplers.Table, given: Mapping[str, cascade.Given]
+    ) -> loop.Denoiser:
+        model = super()._denoiser(stage, request, table, given)
+        self._check_tokens(stage, request)
+        count = sum(row.calls for row in table.rows)
+        evaluated = {0, count // 2, count - 1}  # of this stage's calls
+        first = self._done
+
+        def follow(sample: Array, t: float, row: samplers.Row) -> Array:
+            number = self._done - first
+            step = self._run.steps[self._done]
+            self._done += 1
+            before = self._run.laid_out(step.before, sample.shape)
+            what = "the start" if self._done == 1 else f"the sample of step {self._done}"
+            self._compare(what, before, sample / row.scale, SAMPLES)
+            theirs = step.output
+            if number in evaluated:
+                mine = model(sample, t, row)
+                self._compare(
+                    f"output {self._done} (timestep {t:g})",
+                    self._run.laid_out(theirs, sample.shape),
+                    mine[:, : sample.shape[1]],
+                    OUTPUTS,
+                )
+                twice = mine.shape[1] == 2 * sample.shape[1]
+            else:
+                twice = theirs.ndim == sample.ndim and theirs.shape[1] == 2 * sample.shape[1]
+            if twice and theirs.ndim == sample.ndim:
+                return np.asarray(theirs.float().numpy())
+            found = self._run.laid_out(theirs, sample.shape)
+            assert found is not None
+            return found
+
+        return follow
+
+    def _compare(self, what: str, theirs: Array | None, mine: Array, least: float) -> None:
+        if theirs is None:
+            raise self._parted(what, f"its shape {list(mine.shape)} is another one")
+        found = compare(theirs, np.asarray(mine))
+        if not found.sqnr_db >= least:
+            raise self._parted(what, f"{found.sqnr_db:.1f} dB, {least:g} are needed")
+
+    def _parted(self, what: str, how: str) -> GateError:
+        return GateError(
+            f"our reading of the checkpoint parts from diffusers' own ({self._whose}) in {what}: {how}; nothing was "
+            "written: please report it with the checkpoint's configuration"
+        )
+
+
+def _trimmed(ids: Any, pad: int) -> list[int]:
+    """Ids without what fills up."""
+    found: list[int] = np.asarray(ids).tolist()
+    while found and found[-1] == pad:
+        found.pop()
+    while found and found[0] == pad:
+        found.pop(0)
+    return found
+
+
+def _listed(numbers: Sequence[float]) -> str:
+    """The first numbers of a list."""
+    shown = ", ".join(f"{number:g}" for number in numbers[:8])
+    return f"[{shown}{', …' if len(numbers) > 8 else ''}]"
+
+
+def _within(progress: Progress, start: float, part: float) -> Progress:
+    return lambda what, share: progress(what, start + part * share)

@@ -1,0 +1,209 @@
+"""How far a right bundle may be from the torch model: the noise that a precision makes in this very model.
+
+Each graph's torch module runs once more, on a call that was recorded, with the arithmetic of a precision: what goes
+into matrix products, convolutions and attention, and what comes out of them, is rounded as a device would round it. In
+fp32 the sums are made in another order, as every backend has its own. A band is a margin below what that costs, so it
+is narrow where the model is calm and wide where it is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.overrides import TorchFunctionMode
+
+from exporter import reference
+from exporter.checkpoint import Checkpoint
+from exporter.record import Call
+from runtimes.accuracy import compare
+from runtimes.errors import Progress, silent
+from runtimes.manifest import Bands, Graph, Model
+from runtimes.session import Array
+
+F = torch.nn.functional
+Rounding = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Rounded(TorchFunctionMode):
+    """Products, convolutions and attention with their operands and results rounded.
+
+    activations: of what flows; weights: of parameters, by default the same.
+    """
+
+    def __init__(self, activations: Rounding, weights: Rounding | None = None) -> None:
+        super().__init__()
+        self._activations, self._weights = activations, weights or activations
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in WITH_WEIGHTS:
+            value, weight, *others = args
+            return self._activations(func(self._activations(value), self._weights(weight), *others, **kwargs))
+        if func in PRODUCTS:
+            rounded = (self._activations(item) if isinstance(item, torch.Tensor) else item for item in args[:3])
+            if func is F.scaled_dot_product_attention:
+                kwargs = {
+                    name: self._activations(item) if name in ("query", "key", "value") else item
+                    for name, item in kwargs.items()
+                }
+            return self._activations(func(*rounded, *args[3:], **kwargs))
+        result = func(*args, **kwargs)
+        if func in ELEMENTWISE and isinstance(result, torch.Tensor) and result.ndim > 2:
+            return self._activations(result)
+        return result
+
+
+class Reordered(TorchFunctionMode):
+    """fp32 as another backend computes it: the sum of each product in two halves, and attention step by step."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is F.linear:
+            value, weight, *bias = args
+            half = weight.shape[-1] // 2
+            return F.linear(value[..., half:], weight[..., half:]) + func(
+                value[..., :half], weight[..., :half], *bias, **kwargs
+            )
+        if func in (torch.conv2d, F.conv2d) and (len(args) < 7 or args[6] == 1) and kwargs.get("groups", 1) == 1:
+            value, weight, bias, *others = (*args, None)[: max(len(args), 3)]
+            half = weight.shape[1] // 2
+            if half:
+                rest = {name: item for name, item in kwargs.items() if name != "bias"}
+                first = func(value[:, :half], weight[:, :half], kwargs.get("bias", bias), *others, **rest)
+                return first + func(value[:, half:], weight[:, half:], None, *others, **rest)
+        if func in (torch.sin, torch.cos, torch.Tensor.sin, torch.Tensor.cos):
+            return func(args[0] * (1 + ULP), *args[1:], **kwargs)
+        return func(*args, **kwargs)
+
+
+ULP = 2.0**-23  # of 1 in fp32
+# Of what is as large as the sample; what is computed of the timestep alone stays in fp32 on devices too.
+ELEMENTWISE = (
+    torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__, torch.mul, torch.Tensor.mul,
+    torch.Tensor.__mul__, torch.Tensor.__rmul__, F.silu, F.gelu, F.group_norm, F.layer_norm,
+)  # fmt: skip
+WITH_WEIGHTS = (F.linear, F.conv2d, torch.conv2d, F.conv1d, torch.conv1d, F.conv_transpose2d, F.conv3d, torch.conv3d)
+PRODUCTS = (
+    torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm, torch.baddbmm,
+    F.scaled_dot_product_attention,
+)  # fmt: skip
+
+
+def as_type(dtype: torch.dtype) -> Rounding:
+    """Rounding to a narrower float."""
+    return lambda value: value.to(dtype).to(value.dtype) if value.is_floating_point() else value
+
+
+def whole_numbers(bits: int, group: int | None = None) -> Rounding:
+    """Rounding to whole numbers of ``bits`` with a scale for each row of a weight, or each ``group`` of its columns."""
+    most = 2 ** (bits - 1) - 1
+
+    def rounded(value: torch.Tensor) -> torch.Tensor:
+        flat = value.reshape(len(value), -1)
+        if group and flat.shape[1] % group == 0:
+            flat = flat.reshape(-1, group)
+        scale = flat.abs().amax(dim=1, keepdim=True) / most
+        narrow: torch.Tensor = (flat / scale.clamp_min(1e-30)).round() * scale
+        return narrow.reshape(value.shape)
+
+    return rounded
+
+
+def one_scale(bits: int) -> Rounding:
+    """Rounding of an activation to whole numbers of ``bits`` over its own range."""
+
+    def rounded(value: torch.Tensor) -> torch.Tensor:
+        if not value.is_floating_point():
+            return value
+        low, high = value.min().clamp_max(0), value.max().clamp_min(0)
+        scale = ((high - low) / (2**bits - 1)).clamp_min(1e-30)
+        narrow: torch.Tensor = (value / scale).round() * scale
+        return narrow
+
+    return rounded
+
+
+ARITHMETIC: Mapping[str, Callable[[], TorchFunctionMode]] = {
+    "fp32": Reordered,
+    "fp16": lambda: Rounded(as_type(torch.float16)),
+    "bf16": lambda: Rounded(as_type(torch.bfloat16)),
+    "int8": lambda: Rounded(one_scale(8), whole_numbers(8)),
+    "fp8": lambda: Rounded(as_type(torch.float8_e4m3fn)),
+    "w8": lambda: Rounded(lambda value: value, whole_numbers(8)),
+    "w4": lambda: Rounded(lambda value: value, whole_numbers(4, 32)),
+}
+
+
+FLOORS: Mapping[str, Bands] = {
+    "fp32": Bands({}, latents=80.0, image=60.0),
+    "fp16": Bands({}, latents=40.0, image=40.0),
+    "bf16": Bands({}, latents=30.0, image=30.0),
+    "w8": Bands({}, latents=14.0, image=20.0),
+    "w4": Bands({}, latents=4.0, image=10.0),
+    "int8": Bands({}, latents=10.0, image=18.0),
+    "fp8": Bands({}, latents=8.0, image=14.0),
+}
+GRAPH_FLOORS = {"fp32": 90.0, "fp16": 50.0, "bf16": 34.0, "w8": 20.0, "w4": 8.0, "int8": 16.0, "fp8": 14.0}
+"""Below these no bundle of a precision is published, however noisy its model is."""
+
+MARGINS = {"fp32": 12.0, "fp16": 8.0, "bf16": 8.0, "w8": 4.0, "w4": 4.0, "int8": 4.0, "fp8": 4.0}
+"""How much noisier than the simulation, in dB, a right graph may be: what backends do beyond it."""
+
+GROWTH = 12.0
+"""How much nearer a call alone must be than the latents of a run: guidance multiplies the noise of two outputs."""
+
+CROPPED = {"decoder": 32, "encoder": 256}
+"""Sides up to which an autoencoder is run: its noise is the same in each part of an image."""
+
+
+def bands(found: Mapping[str, Mapping[str, float]], model: Model, precision: str) -> Bands:
+    """The bands of a bundle whose graphs are of a ``precision``, or of their own where they note one.
+
+    found: of ``measure``, for the graphs' precisions.
+    """
+    graphs = {}
+    for name, graph in model.graphs.items():
+        own = graph.properties.get("precision", precision)
+        graphs[name] = round(max(GRAPH_FLOORS[own], found[name][own] - MARGINS[own]), 2)
+    floor = FLOORS[precision]
+    denoisers = [graphs[stage.denoiser] for stage in model.stages]
+    return replace(floor, graphs=graphs, latents=max(floor.latents, round(min(denoisers) - GROWTH, 2)))
+
+
+def measure(
+    checkpoint: Checkpoint, model: Model, calls: Mapping[str, Sequence[Call]], precisions: Collection[str],
+    size: tuple[int, int] | None, progress: Progress = silent,
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    """The SQNR in dB of each graph's outputs in each precision, the worst of its outputs, by graph and precision."""
+    found: dict[str, dict[str, float]] = {}
+    for index, (name, graph) in enumerate(model.graphs.items()):
+        progress(f"noise of {', '.join(precisions)}: {name}", index / len(model.graphs))
+        call = calls[name][len(calls[name]) // 2]
+        module = reference.load(checkpoint, name, size)
+        values = {tensor.name: call.inputs[tensor.name][-1:] for tensor in graph.inputs}
+        expected = {tensor.name: call.outputs[tensor.name][-1:] for tensor in graph.outputs}
+        if (side := CROPPED.get(graph.kind)) and all(max(value.shape[2:]) > side for value in values.values()):
+            values = {key: np.ascontiguousarray(value[:, :, :side, :side]) for key, value in values.items()}
+            expected = _run(module, graph, values)
+        for precision in precisions:
+            with ARITHMETIC[precision]():
+                outputs = _run(module, graph, values)
+            found.setdefault(name, {})[precision] = min(
+                compare(expected[key], outputs[key]).sqnr_db for key in expected
+            )
+    return found
+
+
+def _run(module: torch.nn.Module, graph: Graph, values: Mapping[str, Array]) -> dict[str, Array]:
+    with torch.inference_mode():
+        result = module(*(torch.from_numpy(values[tensor.name]) for tensor in graph.inputs))
+    results = result if isinstance(result, tuple) else (result,)
+    return {tensor.name: value.numpy() for tensor, value in zip(graph.outputs, results, strict=True)}
