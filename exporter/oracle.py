@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from exporter import families
+from exporter import families, ip_adapter
 from exporter.checkpoint import LIBRARIES, Checkpoint, Component, TokenizerFiles, finite_config
 from exporter.combined import COMBINED, PREFIX
 from exporter.reference import lend
@@ -30,6 +30,8 @@ from runtimes.safetensors import Stored
 LATENTS = {"vae", "vqvae", "movq", "vqgan"}  # components that make latents of an image
 # Classes that take latents_mean in on one side of the autoencoder alone, or on none.
 WITHOUT_MEAN = ("StableDiffusionXLInpaintPipeline", "AnimateDiffSDXLPipeline")
+# A network's class to the word in the name of its pipeline, and what that pipeline calls it.
+STEERING = {"ControlNetModel": ("ControlNet", "controlnet"), "T2IAdapter": ("Adapter", "adapter")}
 UNSET = "_use_default_values"  # a live config's list of the options that its file did not have
 
 
@@ -115,21 +117,50 @@ def pipelines(checkpoint: Checkpoint) -> list[Any]:
     found = []
     for part in (checkpoint, checkpoint.refiner):
         if part is not None:
-            name = _for_task(part)
-            if name is None:
+            if known_fault(part, part.pipeline):
                 return []
-            pipe = construct(part, name)
+            pipe = _steered(part) if part.hints else construct(part, part.pipeline)
+            if pipe is None:
+                return []
             for scheduler, wanted in {**part.schedulers, families.schedulers(part.family)[0]: part.scheduler}.items():
                 _set_scheduler(part, pipe, scheduler, wanted)
             found.append(pipe)
     return found
 
 
-def _for_task(checkpoint: Checkpoint) -> str | None:
-    """The class that generates from noise, of a checkpoint whose own class may start from an image."""
-    if checkpoint.hints:
+def _steered(checkpoint: Checkpoint) -> Any:
+    """The pipeline class for a checkpoint with the networks that steer it; None where diffusers has none for them all.
+
+    diffusers has classes for ControlNets, for T2I-Adapters, and for IP-Adapters alone or with ControlNets.
+    """
+    import diffusers
+
+    parts = [checkpoint.components[name] for name in checkpoint.hints]
+    adapters = [part for part in parts if part.class_name == ip_adapter.CLASS]
+    networks = [part for part in parts if part not in adapters]
+    kinds = {part.class_name for part in networks}
+    if kinds - {"ControlNetModel"} and (len(kinds) > 1 or adapters):
         return None
-    return None if known_fault(checkpoint, checkpoint.pipeline) else checkpoint.pipeline
+    plain = checkpoint.pipeline.replace("ControlNet", "").replace("Adapter", "")
+    pipe = construct(checkpoint, plain)
+    encoder = checkpoint.components.get(ip_adapter.IMAGE_ENCODER)
+    with quiet(), Unfilled():
+        made = [hollow(checkpoint, part, part.path) for part in networks]
+        if encoder is not None:
+            pipe.register_modules(image_encoder=hollow(checkpoint, encoder, encoder.path))
+        if networks:
+            what, argument = STEERING[next(iter(kinds))]
+            kind = getattr(diffusers, plain.replace("Pipeline", f"{what}Pipeline"))
+            expected, optional = kind._get_signature_keys(kind)
+            options = {name: pipe.config[name] for name in optional if name in pipe.config}
+            own = {name: pipe.components.get(name) for name in expected if name != argument}
+            pipe = kind(**own, **options, **{argument: made if len(made) > 1 else made[0]})
+    if adapters:
+        with quiet():
+            folders, names = [str(part.path.parent) for part in adapters], [part.path.name for part in adapters]
+            pipe.load_ip_adapter(folders, [""] * len(names), names, image_encoder_folder=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def known_fault(checkpoint: Checkpoint, class_name: str) -> str:
@@ -196,7 +227,7 @@ def _of_folder(kind: Any, checkpoint: Checkpoint, folder: Path, prefix: str = ""
     passed: dict[str, Any] = dict.fromkeys(expected)
     for name in expected:
         own = f"{prefix}{name}"
-        if own in checkpoint.components:
+        if own in checkpoint.components and own != ip_adapter.IMAGE_ENCODER:  # which lies beside the checkpoint
             passed[name] = hollow(checkpoint, checkpoint.components[own], folder / name)
         elif own in checkpoint.schedulers:
             passed[name] = _class(_named(checkpoint, own)).from_pretrained(folder / name, local_files_only=True)

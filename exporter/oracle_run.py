@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from exporter import families
 from exporter.trace import quiet
-from runtimes import cascade, loop, subject
+from runtimes import cascade, hints, loop, subject
 from runtimes.errors import DexportError, Progress, silent
 from runtimes.manifest import Model
 from runtimes.pipeline import Pipeline
@@ -139,6 +139,8 @@ def arguments(pipe: Any, model: Model, request: Request, explicit: frozenset[str
         if not subject.shown(model):
             words["strength"] = float(strength(model, request))
     is_fixed = "height" in known and known["height"].default not in (None, height)  # whatever the checkpoint says
+    if request.hints:
+        words |= _control_images(model, request, known)
     if "size" in explicit or is_fixed or request.image is not None:
         words |= {"height": height, "width": width}
     if last.fps is not None:
@@ -146,6 +148,21 @@ def arguments(pipe: Any, model: Model, request: Request, explicit: frozenset[str
     if "intermediate_timesteps" in known and words.get(STEPS) != 2:
         words["intermediate_timesteps"] = None
     return {name: value for name, value in words.items() if name in known and (value is not None or name in NONE_SAID)}
+
+
+def _control_images(model: Model, request: Request, known: Mapping[str, Any]) -> dict[str, Any]:
+    """The images that steer: those of networks, and those that IP-Adapters take in place of words."""
+    given = hints.chosen(model, request)
+    words = [hint.name for hint in hints.taken(model) if hint.resample == "bicubic"]  # as CLIP's image encoder reads
+    found: dict[str, Any] = {"ip_adapter_image": [given[name].image for name in words] or None}
+    images: list[Any] = [given[name].image for name in given if name not in words]
+    if "adapter_conditioning_scale" in known:
+        images = [[image] for image in images]  # one for each prompt
+        if len(images) > 1:
+            found["adapter_conditioning_scale"] = [1.0] * len(images)
+    if images:
+        found["control_image" if "control_image" in known else "image"] = images if len(images) > 1 else images[0]
+    return found
 
 
 NONE_SAID = ("intermediate_timesteps",)  # None is not the default of these

@@ -197,7 +197,7 @@ def _asked(
     if main.encoder is None or is_img2img or subject.shown(model) or subject.paints(model) or len(pipes) > 1:
         return
     for task, kind in oracle_run.tasks(type(pipes[0]).__name__).items():
-        if oracle.known_fault(checkpoint, kind):
+        if checkpoint.hints or oracle.known_fault(checkpoint, kind):
             continue
         begun = example.from_image(
             model, example.one(model), masked=task == "inpainting", steps=cascade.few(model.stages, IMAGE_STEPS),
