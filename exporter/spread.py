@@ -29,14 +29,16 @@ Rounding = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Rounded(TorchFunctionMode):
-    """Products, convolutions and attention with their operands and results rounded.
-
-    activations: of what flows; weights: of parameters, by default the same.
-    """
+    """Convolutions and linear layers with their operands rounded; with one rounding for all, everything else too."""
 
     def __init__(self, activations: Rounding, weights: Rounding | None = None) -> None:
+        """activations: of what flows into these layers; weights: of parameters, by default the same.
+
+        A narrow float is what a device computes all in: products, attention and sums are then rounded as well.
+        """
         super().__init__()
         self._activations, self._weights = activations, weights or activations
+        self._is_all = weights is None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -44,8 +46,9 @@ class Rounded(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in WITH_WEIGHTS:
             value, weight, *others = args
-            return self._activations(func(self._activations(value), self._weights(weight), *others, **kwargs))
-        if func in PRODUCTS:
+            result = func(self._activations(value), self._weights(weight), *others, **kwargs)
+            return self._activations(result) if self._is_all else result
+        if func in PRODUCTS and self._is_all:
             rounded = (self._activations(item) if isinstance(item, torch.Tensor) else item for item in args[:3])
             if func is F.scaled_dot_product_attention:
                 kwargs = {
@@ -54,7 +57,7 @@ class Rounded(TorchFunctionMode):
                 }
             return self._activations(func(*rounded, *args[3:], **kwargs))
         result = func(*args, **kwargs)
-        if func in ELEMENTWISE and isinstance(result, torch.Tensor) and result.ndim > 2:
+        if self._is_all and func in ELEMENTWISE and isinstance(result, torch.Tensor) and result.ndim > 2:
             return self._activations(result)
         return result
 
@@ -131,12 +134,18 @@ def one_scale(bits: int) -> Rounding:
     return rounded
 
 
+def scaled_fp8(value: torch.Tensor) -> torch.Tensor:
+    """Rounding to E4M3 with a scale that brings the greatest value to its end."""
+    scale = value.abs().amax().clamp_min(1e-30) / torch.finfo(torch.float8_e4m3fn).max
+    return (value / scale).to(torch.float8_e4m3fn).to(value.dtype) * scale
+
+
 ARITHMETIC: Mapping[str, Callable[[], TorchFunctionMode]] = {
     "fp32": Reordered,
     "fp16": lambda: Rounded(as_type(torch.float16)),
     "bf16": lambda: Rounded(as_type(torch.bfloat16)),
     "int8": lambda: Rounded(one_scale(8), whole_numbers(8)),
-    "fp8": lambda: Rounded(as_type(torch.float8_e4m3fn)),
+    "fp8": lambda: Rounded(scaled_fp8, scaled_fp8),
     "w8": lambda: Rounded(lambda value: value, whole_numbers(8)),
     "w4": lambda: Rounded(lambda value: value, whole_numbers(4, 32)),
 }
@@ -190,7 +199,8 @@ def measure(
         module = reference.load(checkpoint, name, size)
         values = {tensor.name: call.inputs[tensor.name][-1:] for tensor in graph.inputs}
         expected = {tensor.name: call.outputs[tensor.name][-1:] for tensor in graph.outputs}
-        if (side := CROPPED.get(graph.kind)) and all(max(value.shape[2:]) > side for value in values.values()):
+        sizes = [max(value.shape[2:], default=0) for value in values.values()]
+        if (side := CROPPED.get(graph.kind)) and min(sizes) > side:
             values = {key: np.ascontiguousarray(value[:, :, :side, :side]) for key, value in values.items()}
             expected = _run(module, graph, values)
         for precision in precisions:
