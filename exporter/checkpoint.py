@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from exporter import clip_skip as clip_skips
 from exporter import combined, families, lora, motion, single_file, textual_inversion
@@ -21,6 +22,9 @@ from runtimes.errors import DexportError, Progress, silent
 from runtimes.manifest import Adapter, File
 from runtimes.safetensors import Stored, check_finite, read_header
 from runtimes.samplers import default_of
+
+if TYPE_CHECKING:
+    from exporter import tokenizer
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 STEMS = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' names of a weight file
@@ -58,6 +62,13 @@ class TokenizerFiles:
 
     class_name: str
     path: Path
+
+    @cached_property
+    def made(self) -> tokenizer.Made:
+        """The tokenizer, which transformers makes when it is first asked for; DexportError for damaged files."""
+        from exporter import tokenizer
+
+        return tokenizer.read(self.path, self.class_name)
 
 
 @dataclass(frozen=True)
