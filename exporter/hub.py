@@ -50,8 +50,8 @@ def export(
     if max(size.height, size.width) > SIDE or 3 * size.height * size.width > ELEMENTS:
         raise DexportError(f"a picture of {size.height}x{size.width} pixels is too large; choose a smaller --shape")
     specs = _choose(ensemble.specs(source, size), graphs)
-    for part in filter(None, (source, source.refiner)):
-        tokenizers.check(part)
+    for whole in filter(None, (source, source.refiner)):
+        tokenizers.check(whole)
     stages = tuple(_only(stage, specs) for stage in ensemble.stages(source, size) if stage.denoiser in specs)
     for stage in stages:  # now, not after an export that nothing could run
         timetable.compile_stage(stage, stage.steps, stage.sample)
@@ -69,6 +69,7 @@ def export(
             stages,
             ensemble.source(source),
             source.adapters,
+            source.notes,
         )
         check_model(model, str(output), whole=False)
         (folder / HUB).write_text(to_json(model), encoding="utf-8")

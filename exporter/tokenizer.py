@@ -88,7 +88,7 @@ def read(folder: Path, class_name: str) -> Made:
     if found.split_special_tokens:
         raise DexportError(f"{options}: split_special_tokens is not supported, since no tokenizer.json can hold it")
     limit = found.model_max_length
-    if limit is not None and limit > UNLIMITED:
+    if type(limit) in (int, float) and limit > UNLIMITED:
         limit = None
     if limit is not None and (type(limit) is not int or limit < 1):
         raise DexportError(f"{options}: model_max_length={limit!r:.60} must be a whole number from 1")
@@ -188,10 +188,8 @@ def extend(made: Made, words: Sequence[str], more: Sequence[str], where: str) ->
 
 
 def _add(tokenizer: Any, words: Sequence[str]) -> None:
-    """Add words as tokens: whole words only, in small letters or large, where the tokenizer takes them for the same."""
-    from tokenizers import AddedToken
-
-    tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=True) for word in words])
+    """Add words as tokens, as diffusers does: in whatever case, where the tokenizer makes all letters small."""
+    tokenizer.add_tokens(list(words))
 
 
 def _shipped(folder: Path) -> Any:
