@@ -263,7 +263,9 @@ def test_a_file_may_say_how_it_was_trained(single: Path, tiny_sd: Path) -> None:
 def test_clips_vocabulary(kind: str, pad: int, tmp_path: Path) -> None:
     """Ids as OpenAI's CLIP gives them."""
     folder = single_file.CONFIGS / kind / "tokenizer"
-    assert tokenizer.write(folder, "CLIPTokenizer", tmp_path / "t.json") == (pad, "right")
+    read = tokenizer.read(folder, "CLIPTokenizer")
+    assert (read.pad, read.side, read.limit) == (pad, "right", 77)
+    tokenizer.write(read, tmp_path / "t.json")
     made = Tokenizer.from_file(str(tmp_path / "t.json"))
     assert made.get_vocab_size() == 49408
     assert made.encode("a photo of a cat").ids == [49406, 320, 1125, 539, 320, 2368, 49407]

@@ -118,8 +118,8 @@ def test_a_picture_is_reworked(saved: Saved, tmp_path: Path) -> None:
     specs, stages = (part(read, Shape(*size, free=False)) for part in (read.family.specs, read.family.stages))
     graphs = {name: Graph(spec.kind, f"{name}/model.onnx", spec.inputs, spec.outputs) for name, spec in specs.items()}
     files, (tokens,) = read.tokenizers["tokenizer"], read.family.token_inputs(read).values()
-    pad, _ = tokenizer.write(files.path, files.class_name, tmp_path / "tokenizer.json")
-    words = Tokenizer("tokenizer.json", tokens.input, tokens.length, pad, lower=tokens.lower)
+    tokenizer.write(files.made, tmp_path / "tokenizer.json")
+    words = Tokenizer("tokenizer.json", tokens.input, tokens.length, files.made.pad, lower=tokens.lower)
     opened = {name: gate.TorchSession(read, name, graph, [], size) for name, graph in graphs.items()}
     model = Model(read.family.NAME, read.pipeline, graphs, (words,), stages, ())
     pipeline = Pipeline(model, tmp_path, opened.__getitem__)
