@@ -169,7 +169,9 @@ def token_inputs(checkpoint: Checkpoint) -> Mapping[str, Tokens]:
 
 def rename(component: str, name: str) -> str | None:
     """Today's module name of a checkpoint's tensor."""
-    return name if component == "text_encoder" else parts.rename(component, name)
+    if component == "text_encoder":
+        return text_encoders.rename_language(name)
+    return parts.rename(component, name)
 
 
 def _scheduler(checkpoint: Checkpoint, channels: int) -> Mapping[str, Any]:

@@ -178,7 +178,9 @@ def token_inputs(checkpoint: Checkpoint) -> Mapping[str, Tokens]:
 
 
 def rename(component: str, name: str) -> str | None:
-    """The names are today's; None for a table of positions, which is computed."""
+    """Today's module name of a checkpoint's tensor; None for a table of positions, which is computed."""
+    if component == "text_encoder":
+        return text_encoders.rename_language(name)
     return None if name == "patch_embed.pos_embed" else name
 
 

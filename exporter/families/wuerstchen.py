@@ -31,7 +31,13 @@ STEPS, DECODER_STEPS = 60, 12  # diffusers' own
 MEAN, SHIFT = 42.0, 1.0  # of the prior's map, likewise
 
 default_shape = stable_cascade.default_shape
-rename = stable_cascade.rename
+
+
+def rename(component: str, name: str) -> str | None:
+    """Today's module name of a checkpoint's tensor; its text encoders lost the level "text_model.", as elsewhere."""
+    if component.endswith("text_encoder"):
+        return parts.rename("text_encoder", name)
+    return stable_cascade.rename(component, name)
 
 
 def text(modules: Any, tokens: Any, tokens_2: Any) -> tuple[Any, Any]:
