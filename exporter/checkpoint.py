@@ -39,7 +39,7 @@ BESIDE = {
 }  # fmt: skip
 TOKENIZER_FILES = (
     "tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model", "added_tokens.json",
-    "tokenizer_config.json", "special_tokens_map.json",
+    "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
 )  # fmt: skip
 
 

@@ -146,7 +146,9 @@ def check(checkpoint: Checkpoint) -> None:
     the tokenizer has lost, and that a prompt would be split at in silence.
     """
     for name, files in checkpoint.tokenizers.items():
-        part = encoder_of(checkpoint, name)
+        part = _encoder_of(checkpoint, name)
+        if part is None:
+            continue  # of a model of one's own
         tables = [entry.shape for key, entry in part.entries.items() if TABLE.fullmatch(key)]
         rows = next((shape[0] for shape in tables if len(shape) == 2), None)
         count = files.made.count + len(checkpoint.words)
@@ -164,10 +166,10 @@ def check(checkpoint: Checkpoint) -> None:
             )
 
 
-def encoder_of(checkpoint: Checkpoint, tokenizer: str) -> Component:
-    """The text encoder that a tokenizer's ids go to."""
+def _encoder_of(checkpoint: Checkpoint, tokenizer: str) -> Component | None:
+    """The text encoder that a tokenizer's ids go to; LDMTextToImagePipeline calls it by its kind."""
     name = tokenizer.replace("tokenizer", "text_encoder")
-    return checkpoint.components[name if name in checkpoint.components else "bert"]  # LDMTextToImagePipeline's
+    return checkpoint.components.get(name, checkpoint.components.get("bert"))
 
 
 def extend(made: Made, words: Sequence[str], more: Sequence[str], where: str) -> tuple[int, int]:

@@ -172,7 +172,18 @@ def test_rows_keep_their_length() -> None:
     assert not math.isclose(np.abs(found - mixed.numpy()).max(), 0)
 
 
-@pytest.mark.parametrize(("marks", "seen"), [(0, [1, 1, 0, 0, 0]), (1, [1, 1, 1, 0, 0])])
-def test_a_mark_of_the_end_that_also_fills_up(marks: int, seen: list[int]) -> None:
-    encoder = SimpleNamespace(pad=2, marks=marks)
-    assert text_encoders.there(encoder, torch.tensor([[5, 6, 2, 2, 2]])).long().tolist() == [seen]
+@pytest.mark.parametrize(
+    ("marks", "least", "ids", "seen"),
+    [
+        (0, 0, [5, 6, 2, 2, 2], [1, 1, 0, 0, 0]),
+        (1, 1, [5, 6, 2, 2, 2], [1, 1, 1, 0, 0]),
+        (1, 2, [2, 2, 2, 2, 2], [1, 1, 0, 0, 0]),  # two marks, and no text
+        (1, 1, [5, 2, 6, 2, 2], [1, 1, 1, 1, 0]),  # a text may hold a mark
+        (1, 1, [5, 2, 6, 7, 2], [1, 1, 1, 1, 1]),
+    ],
+)
+@pytest.mark.parametrize("left", [False, True])
+def test_a_mark_that_also_fills_up(marks: int, least: int, ids: list[int], seen: list[int], left: bool) -> None:
+    encoder = SimpleNamespace(pad=2, marks=marks, least=least, left=left)
+    step = -1 if left else 1
+    assert text_encoders.there(encoder, torch.tensor([ids[::step]])).long().tolist() == [seen[::step]]
