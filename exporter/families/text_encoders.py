@@ -128,8 +128,7 @@ def there(encoder: Any, tokens: Any) -> Any:
     """
     import torch
 
-    count = tokens.shape[1]
-    places = torch.arange(1, count + 1, dtype=torch.float32)  # counted from where the text stands
+    places = torch.arange(1, tokens.shape[1] + 1)  # counted from where the text stands; whole, since bf16 ends at 256
     places = places.flip(0) if encoder.left else places
-    last = ((tokens != encoder.pad).float() * places).amax(dim=1, keepdim=True)  # that does not fill up: [B, 1]
+    last = ((tokens != encoder.pad).long() * places).amax(dim=1, keepdim=True)  # that does not fill up: [B, 1]
     return places <= (last + encoder.marks).clamp(min=encoder.least)
