@@ -41,7 +41,8 @@ class Made:
 
     text: its tokenizer.json, which puts the tokenizer's marks around a text, and neither pads nor cuts it: the pipeline
     does, and says what it cut. pad, side: the id that it pads with, and where. end: its mark of the end. limit: how
-    many tokens its model takes, None where it does not say. count: how many ids it may give.
+    many tokens its model takes, None where it does not say. count: how many ids it has. plain: how many of them a text
+    may become that holds no special token, with its marks and what fills it up.
     """
 
     text: str
@@ -50,6 +51,7 @@ class Made:
     end: int | None
     limit: int | None
     count: int
+    plain: int
 
     def open(self, words: Sequence[str] = ()) -> Any:
         """The tokenizer of the ``tokenizers`` package, with words added to it."""
@@ -76,7 +78,9 @@ def read(folder: Path, class_name: str) -> Made:
         pad, side, backend = found.pad_token_id, found.padding_side, found.backend_tokenizer
         backend.no_padding()
         backend.no_truncation()
-        count = 1 + max(backend.get_vocab(with_added_tokens=True).values())
+        ids = set(backend.get_vocab(with_added_tokens=True).values())
+        special = {number for number, token in backend.get_added_tokens_decoder().items() if token.special}
+        used = {*(ids - special), *backend.encode("").ids, *([] if pad is None else [pad])}
         text = backend.to_str()
     except Exception as error:  # as in ``load``
         raise _unreadable(folder, class_name, error) from error
@@ -92,7 +96,9 @@ def read(folder: Path, class_name: str) -> Made:
         limit = None
     if limit is not None and (type(limit) is not int or limit < 1):
         raise DexportError(f"{options}: model_max_length={limit!r:.60} must be a whole number from 1")
-    return Made(text, int(pad), "left" if side == "left" else RIGHT, found.eos_token_id, limit, count)
+    return Made(
+        text, int(pad), "left" if side == "left" else RIGHT, found.eos_token_id, limit, 1 + max(ids), 1 + max(used)
+    )
 
 
 def load(folder: Path, class_name: str) -> Any:
@@ -142,8 +148,9 @@ def chat(folder: Path, class_name: str, **options: Any) -> str:
 def check(checkpoint: Checkpoint) -> None:
     """Raise DexportError unless each text encoder's table of tokens has a row for each id of its tokenizer.
 
-    A table may be filled up beyond them, but for CLIP's and BERT's; else rows without a token are those of words that
-    the tokenizer has lost, and that a prompt would be split at in silence.
+    Of CLIP and BERT they are as many: rows without a token are those of words that the tokenizer has lost, and that a
+    prompt would be split at in silence. Tables of language models are filled up, and some of their tokenizers have
+    special tokens that no table knows (T5's <extra_id_0> and the like) and no prompt needs.
     """
     for name, files in checkpoint.tokenizers.items():
         part = _encoder_of(checkpoint, name)
@@ -151,15 +158,15 @@ def check(checkpoint: Checkpoint) -> None:
             continue  # of a model of one's own
         tables = [entry.shape for key, entry in part.entries.items() if TABLE.fullmatch(key)]
         rows = next((shape[0] for shape in tables if len(shape) == 2), None)
-        count = files.made.count + len(checkpoint.words)
+        exact, count = part.class_name in EXACT, files.made.count + len(checkpoint.words)
         if rows is None or rows == count:
             continue  # a table that is missing is named when weights are bound
-        if rows < count:
+        if rows < (count if exact else files.made.plain):
             raise DexportError(
                 f"{files.path}: it has {count} tokens, and the table of the {part.name} {rows} rows; it belongs to "
                 "another model, or its files name a special token that is not in the vocabulary"
             )
-        if part.class_name in EXACT or rows % MULTIPLE:
+        if rows > count and (exact or rows % MULTIPLE):
             raise DexportError(
                 f"{files.path}: it has {count} tokens, and the table of the {part.name} {rows} rows: {rows - count} "
                 "learned words are missing; copy added_tokens.json and tokenizer.json of the training's result, too"

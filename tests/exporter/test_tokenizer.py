@@ -23,6 +23,7 @@ from runtimes import manifest
 from runtimes.errors import DexportError
 from runtimes.prompts import Piece, _lay
 from runtimes.tokenizer import PromptTokenizer
+from tests.families import small_flow, small_transformers
 from tests.tiny import write_clip_vocabulary
 from tests.words import TEXTS, WRITERS
 
@@ -311,6 +312,49 @@ def test_a_table_must_have_a_row_for_each_token_and_no_more(copy_checkpoint: Cop
     resized(folder, SIZE + 1)
     with pytest.raises(DexportError, match=r"has 522 tokens, and the table of the text_encoder 521 rows; it belongs"):
         tokenizer.check(checkpoint.read(folder))
+
+
+@pytest.mark.parametrize(
+    ("write", "encoder", "tokens"),
+    [
+        (small_flow.flux, "text_encoder_2", "tokenizer_2"),
+        (small_transformers.sana, "text_encoder", "tokenizer"),
+        (small_flow.z_image, "text_encoder", "tokenizer"),
+    ],
+)
+def test_tables_of_language_models_may_be_filled_up(tmp_path: Path, write: Any, encoder: str, tokens: str) -> None:
+    """To multiples of 8, as published ones are; what is beyond by less is a lost word, and too few rows are too few."""
+    folder = tmp_path / "checkpoint"
+    write(folder)
+    size = len(
+        getattr(transformers, checkpoint.read(folder).tokenizers[tokens].class_name).from_pretrained(folder / tokens)
+    )
+    file = folder / encoder / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if tokenizer.TABLE.fullmatch(name))
+
+    def check(rows: int) -> None:
+        save_file({**tensors, name: torch.zeros(rows, tensors[name].shape[1])}, file)
+        tokenizer.check(checkpoint.read(folder))
+
+    padded = -(-(size + 1) // 8) * 8
+    for rows in (size, padded, padded + 64):
+        check(rows)
+    with pytest.raises(DexportError, match=f"has {size} tokens, and the table of the {encoder} {padded + 1} rows: "):
+        check(padded + 1)
+    with pytest.raises(DexportError, match=f"has {size} tokens, and the table of the {encoder} 20 rows; it belongs"):
+        check(20)
+
+
+def test_special_tokens_that_no_table_knows(tmp_path: Path) -> None:
+    """transformers gives each T5 its sentinels, whether its table has them or not."""
+    folder = tmp_path / "checkpoint"
+    small_flow.flux(folder)
+    place = folder / "tokenizer_2"
+    opened = T5Tokenizer.from_pretrained(place)
+    first = min(number for word, number in opened.get_vocab().items() if word.startswith("<extra_id_"))
+    made = tokenizer.read(place, "T5Tokenizer")
+    assert (made.count, made.plain) == (len(opened), first)
 
 
 def test_how_many_tokens_is_the_tokenizers_word(copy_checkpoint: Copy) -> None:
