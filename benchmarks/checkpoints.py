@@ -83,7 +83,8 @@ def write(output: Path, like: str, layers: float, seed: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if name.startswith("tokenizer"):
             (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-            tokenizer.write(CONFIGS / "stable-diffusion-1" / "tokenizer", "CLIPTokenizer", folder / "tokenizer.json")
+            words = tokenizer.read(CONFIGS / "stable-diffusion-1" / "tokenizer", "CLIPTokenizer")
+            tokenizer.write(words, folder / tokenizer.JSON)
         else:
             (folder / f"{kind}.json").write_text(json.dumps(config, indent=2) + "\n")
     if like == "flux":

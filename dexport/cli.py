@@ -102,6 +102,7 @@ def build(
             origin, output, targets=targets, precisions=precisions, **picture, **compiling, overwrite=overwrite,
             keep_hub=keep_hub, quantization=quantization, progress=progress,
         )  # fmt: skip
+    tables.notes(built[0].notes)
     if as_json:
         console.print_json({"bundles": built})
     else:
@@ -125,6 +126,7 @@ def export(origin: dexport.Origin, output: Path, picture: dict[str, Any], overwr
     """
     with console.working() as progress:
         model = dexport.export(origin, output, **picture, overwrite=overwrite, progress=progress)
+    tables.notes(model.notes)
     if as_json:
         console.print_json({"output": output, "family": model.family, "graphs": model.graphs})
     else:

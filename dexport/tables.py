@@ -61,6 +61,12 @@ def agreement(accuracy: Mapping[str, Any]) -> tuple[str, str]:
     return f"{worst:.1f}", f"{accuracy['image']['psnr_db']:.1f}"
 
 
+def notes(lines: Sequence[str]) -> None:
+    """What a user should know of a checkpoint, on stderr."""
+    for line in lines:
+        click.echo(f"note: {line}", err=True)
+
+
 def graphs(title: str, found: Mapping[str, Graph]) -> None:
     """The graphs of a hub or bundle with their tensors."""
     rows = []

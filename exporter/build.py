@@ -34,7 +34,10 @@ TOOLS = ("dexport", "torch", "diffusers", "transformers", "onnx", "onnx-ir", "on
 
 @dataclass(frozen=True)
 class Built:
-    """A published bundle: where, how large in bytes, what the gate found, and seconds a model call (None: not run)."""
+    """A published bundle: where, how large in bytes, what the gate found, and seconds a model call (None: not run).
+
+    notes: on what was left out of the checkpoint.
+    """
 
     target: str
     precision: str
@@ -42,6 +45,7 @@ class Built:
     size: int
     accuracy: Mapping[str, Any]
     seconds: float | None
+    notes: tuple[str, ...] = ()
 
 
 def build(
@@ -111,7 +115,7 @@ def build(
                 (partial / "report.html").write_text(text, encoding="utf-8")
                 manifest = _write_manifest(partial, compiled, target, precision, recipe, proof.accuracy, test)
             total = sum(file.size for file in manifest.files)
-            built.append(Built(str(target), precision, folder, total, proof.accuracy, proof.seconds))
+            built.append(Built(str(target), precision, folder, total, proof.accuracy, proof.seconds, model.notes))
     progress("done", 1.0)
     return built
 

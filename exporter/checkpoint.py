@@ -10,19 +10,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from exporter import clip_skip as clip_skips
-from exporter import combined, families, lora, motion, single_file, textual_inversion
+from exporter import combined, families, foreign, lora, motion, single_file, textual_inversion
 from runtimes import strict_json
 from runtimes.bundle import hash_file
 from runtimes.errors import DexportError, Progress, silent
 from runtimes.manifest import Adapter, File
-from runtimes.safetensors import Stored, check_finite, read_header
+from runtimes.safetensors import Stored, check_finite, gguf, read_header
 from runtimes.samplers import default_of
 
+if TYPE_CHECKING:
+    from exporter import tokenizer
+
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
+GGUF = ".gguf"
 STEMS = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' names of a weight file
 VARIANTS = ("fp32", "bf16", "fp16")  # where there is no plain file: the most exact one first
 # A component of another library is code that comes with the checkpoint; the last ones are modules of diffusers.
@@ -34,7 +39,7 @@ BESIDE = {
 }  # fmt: skip
 TOKENIZER_FILES = (
     "tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model", "added_tokens.json",
-    "tokenizer_config.json", "special_tokens_map.json",
+    "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
 )  # fmt: skip
 
 
@@ -43,6 +48,7 @@ class Component:
     """One model of a pipeline: its class, its config.json, and its tensors by diffusers' names of any version.
 
     ``path`` is where its weights come from, for messages: its folder, or the file that holds the whole checkpoint.
+    ``unused``: tensors beside them that its class does not use.
     """
 
     name: str
@@ -50,6 +56,7 @@ class Component:
     path: Path
     config: Mapping[str, Any]
     entries: Mapping[str, Stored]
+    unused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,13 @@ class TokenizerFiles:
 
     class_name: str
     path: Path
+
+    @cached_property
+    def made(self) -> tokenizer.Made:
+        """The tokenizer, which transformers makes when it is first asked for; DexportError for damaged files."""
+        from exporter import tokenizer
+
+        return tokenizer.read(self.path, self.class_name)
 
 
 @dataclass(frozen=True)
@@ -71,7 +85,8 @@ class Checkpoint:
     pictures that this one draws; ``steps`` and ``guidance``: defaults in place of the family's; ``chunks``: how many
     times as long as its text encoder takes a prompt may be (exporter.ensemble); ``words``: what its tokenizers have
     beyond their files (exporter.textual_inversion); ``hints``: the components that steer by a picture (exporter.hints).
-    ``frames``: those of a video, None for the family's own.
+    ``frames``: those of a video, None for the family's own. ``unused``: tensors of a single file that are of no
+    component.
     """
 
     path: Path
@@ -90,6 +105,18 @@ class Checkpoint:
     hints: tuple[str, ...] = ()
     chunks: int = 1
     words: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of it, a line each: which tensors of its files were left out."""
+        own = [foreign.said(f"{self.path.name}: a {self.pipeline}", self.unused)] if self.unused else []
+        own += [
+            foreign.said(f"{part.name}: a {part.class_name}", part.unused)
+            for part in self.components.values()
+            if part.unused
+        ]
+        return (*own, *(f"refiner: {note}" for note in (self.refiner.notes if self.refiner else ())))
 
     @property
     def family(self) -> families.Family:
@@ -131,6 +158,8 @@ def read(
     header = read_header(path) if path.is_file() and path.suffix == ".safetensors" else None
     if header is None and config is not None:
         raise DexportError(f"{path}: a configuration (--config) is for a single .safetensors file; leave it out")
+    if header is not None:
+        foreign.check_plain(path, header)
     folder = path if header is None else single_file.configuration(path, header, config)
     index, place = _read_index(folder), combined.Place(folder, None if prior is None else Path(prior))
     if place.prior is not None:
@@ -156,6 +185,8 @@ def read(
             used |= {f"{name}/{file}" for file in TOKENIZER_FILES if (place / name / file).is_file()}
         else:
             configs[name] = read_json(place / name / "config.json")
+            if header is None:
+                foreign.check_config(place / name / "config.json", configs[name])
             used.add(f"{name}/config.json")
     files = {name: place / name for name in used}
     schedulers = {
@@ -172,18 +203,29 @@ def read(
         if folder.parent == single_file.CONFIGS:
             files |= {f"{name}/merges.txt": single_file.CONFIGS / "merges.txt" for name in tokenizers}
     components = {
-        name: Component(name, classes[name], path if header else place / name, configs[name], weights[name])
+        name: component(name, classes[name], path if header else place / name, configs[name], weights[name])
         for name in configs
     }
     if check:
-        for index_, component in enumerate(components.values()):
-            progress(f"{component.name}: checking weights", index_ / len(components))
-            check_finite(component.entries.values())
-    found = Checkpoint(path, pipeline, components, scheduler, tokenizers, files, schedulers=schedulers, index=index)
+        for index_, part in enumerate(components.values()):
+            progress(f"{part.name}: checking weights", index_ / len(components))
+            check_finite(part.entries.values())
+    found = Checkpoint(
+        path, pipeline, components, scheduler, tokenizers, files, schedulers=schedulers, index=index,
+        unused=single_file.unused(header or {}),
+    )  # fmt: skip
     if motion_adapter is not None:
         found = add(motion.animated(found), motion.ADAPTER, Path(motion_adapter), motion.CLASS)
     found = motion.join(found)
     return clip_skips.skip(textual_inversion.merge(lora.merge(found, loras), embeddings), clip_skip)
+
+
+def component(
+    name: str, class_name: str, path: Path, config: Mapping[str, Any], entries: Mapping[str, Stored]
+) -> Component:
+    """A component with the weights of its class, and apart from them what that does not use."""
+    used, unused = foreign.split(class_name, entries)
+    return Component(name, class_name, path, config, used, unused)
 
 
 def add(checkpoint: Checkpoint, name: str, folder: Path, class_name: str) -> Checkpoint:
@@ -196,8 +238,8 @@ def add(checkpoint: Checkpoint, name: str, folder: Path, class_name: str) -> Che
     files = {**checkpoint.files, f"{name}/config.json": folder / "config.json"}
     weights = read_weights(folder, name, files)
     check_finite(weights.values())
-    component = Component(name, class_name, folder, config, weights)
-    return replace(checkpoint, components={**checkpoint.components, name: component}, files=files)
+    part = component(name, class_name, folder, config, weights)
+    return replace(checkpoint, components={**checkpoint.components, name: part}, files=files)
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
@@ -205,6 +247,8 @@ def _read_index(folder: Path) -> dict[str, Any]:
     if folder.is_file():
         if folder.suffix in PICKLES:
             raise _pickle(folder)
+        if folder.suffix == GGUF:
+            raise gguf(folder)
         raise DexportError(
             f"{folder}: a file; a checkpoint is a diffusers folder with model_index.json, or one .safetensors file"
         )
@@ -300,7 +344,16 @@ def read_json(path: Path, *, finite: bool = True) -> dict[str, Any]:
 
 
 def read_weights(folder: Path, component: str, files: dict[str, Path]) -> Mapping[str, Stored]:
-    """Return a component's tensors by name; add the files that they come from (an index included) to ``files``."""
+    """Return a component's tensors by name; add the files that they come from (an index included) to ``files``.
+
+    Raises DexportError for what is missing, damaged or quantized, and for a pickle.
+    """
+    entries = _read_weights(folder, component, files)
+    foreign.check_plain(folder, entries)
+    return entries
+
+
+def _read_weights(folder: Path, component: str, files: dict[str, Path]) -> Mapping[str, Stored]:
     for stem in STEMS:
         # "stem.safetensors", "stem.fp16.safetensors", and for shards "stem.safetensors.index[.fp16].json"
         for variant in ("", *VARIANTS, *_other_variants(folder, stem)):
@@ -315,6 +368,8 @@ def read_weights(folder: Path, component: str, files: dict[str, Path]) -> Mappin
     for path in sorted(folder.glob("*")):
         if path.suffix in PICKLES:
             raise _pickle(path)
+        if path.suffix == GGUF:
+            raise gguf(path)
     raise DexportError(f"{folder}: no weights: expected {STEMS[0]}.safetensors or {STEMS[1]}.safetensors")
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from exporter import ip_adapter
-from exporter.checkpoint import Checkpoint, Component, classes_of, read_json, read_weights
+from exporter.checkpoint import Checkpoint, Component, classes_of, component, read_json, read_weights
 from exporter.ip_adapter import IMAGE_ENCODER
 from runtimes.check import NEGATIVE
 from runtimes.errors import DexportError
@@ -130,7 +130,7 @@ def _read_folder(named: Named, classes: Sequence[str], files: dict[str, Path]) -
         raise DexportError(f"{folder}: config.json says {said!r:.60}; it must be {' or '.join(classes)}")
     entries = read_weights(folder, named.name, used)
     files |= {f"{named.name}/{path.name}": path for path in used.values()}
-    return Component(named.name, found[0], folder, config, entries)
+    return component(named.name, found[0], folder, config, entries)
 
 
 def _read_file(file: Path) -> Mapping[str, Entry]:

@@ -50,6 +50,8 @@ def export(
     if max(size.height, size.width) > SIDE or 3 * size.height * size.width > ELEMENTS:
         raise DexportError(f"a picture of {size.height}x{size.width} pixels is too large; choose a smaller --shape")
     specs = _choose(ensemble.specs(source, size), graphs)
+    for whole in filter(None, (source, source.refiner)):
+        tokenizers.check(whole)
     stages = tuple(_only(stage, specs) for stage in ensemble.stages(source, size) if stage.denoiser in specs)
     for stage in stages:  # now, not after an export that nothing could run
         timetable.compile_stage(stage, stage.steps, stage.sample)
@@ -67,6 +69,7 @@ def export(
             stages,
             ensemble.source(source),
             source.adapters,
+            source.notes,
         )
         check_model(model, str(output), whole=False)
         (folder / HUB).write_text(to_json(model), encoding="utf-8")
@@ -144,10 +147,10 @@ def _cause(error: BaseException) -> str:
 def _write_tokenizers(source: Checkpoint, folder: Path) -> tuple[Tokenizer, ...]:
     made = []
     for name, (files, tokens, words) in ensemble.token_inputs(source).items():
-        file = f"{name}/tokenizer.json"
-        pad, side = tokenizers.write(files.path, files.class_name, folder / file, words)
-        said = (tokens.template, tokens.negative, tokens.lower, tokens.side or side)
-        made.append(Tokenizer(file, tokens.input, tokens.length, pad, *said))
+        file = f"{name}/{tokenizers.JSON}"
+        tokenizers.write(files.made, folder / file, words)
+        said = (tokens.template, tokens.negative, tokens.lower, tokens.side or files.made.side)
+        made.append(Tokenizer(file, tokens.input, tokens.length, files.made.pad, *said))
     return tuple(made)
 
 

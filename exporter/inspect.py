@@ -71,6 +71,7 @@ def _model(model: Model, sizes: Mapping[str, int]) -> dict[str, Any]:
         **({"stages": {stage.name: _span(stage) for stage in model.stages}} if len(model.stages) > 1 else {}),
         **({"adapters": {item.path: item.scale for item in model.adapters}} if model.adapters else {}),
         **({"words": words} if (words := [item.word for item in model.adapters if item.word]) else {}),
+        **({"notes": list(model.notes)} if model.notes else {}),
         "graphs": {name: _graph(graph, sizes) for name, graph in model.graphs.items()},
         "source_files": len(model.source),
         "source_size": sum(file.size for file in model.source),
@@ -143,6 +144,7 @@ def _checkpoint(path: Path, config: Path | str | None, prior: Path | str | None)
         "parameters": sum(component["parameters"] for component in components.values()),
         "scheduler": found.scheduler["_class_name"],
         "components": components,
+        **({"notes": list(found.notes)} if found.notes else {}),
         **_needs(found),
     }
 

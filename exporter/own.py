@@ -210,7 +210,7 @@ class Own:
 
     def token_inputs(self, checkpoint: Checkpoint) -> Mapping[str, Tokens]:
         """The ids of the one tokenizer."""
-        return {"tokenizer": Tokens("tokens", self.model.length)} if self.states else {}
+        return {"tokenizer": Tokens("tokens", self.model.length, side="right")} if self.states else {}
 
     def rename(self, component: str, name: str) -> str | None:
         """Weights come by their modules' own names."""

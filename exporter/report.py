@@ -41,6 +41,7 @@ def render(
     parts = [f"<h1>{title}</h1>", _facts(model, recipe), f"<h2>The gate: {escape(accuracy['gate'])}</h2>"]
     if "why" in accuracy:
         parts.append(f"<p>{escape(accuracy['why'])}. {escape(accuracy.get('next', ''))}</p>")
+    parts += [f"<p>{escape(note)}.</p>" for note in model.notes]
     parts.append(_pictures(model, reference, proof.image))
     if "graphs" in accuracy:
         parts.append(_agreement(accuracy))

@@ -32,10 +32,17 @@ FIRST = f"{UNET}input_blocks.0.0.weight"
 # the last layer and the projection, as the model does.
 JUNK = re.compile(
     r"model_ema\..*|(model|cond_stage_model|first_stage_model)\.(decay|num_updates)|(first_stage_model\.)?loss\..*"
-    r"|.*\.(position_ids|logit_scale|attn_mask)|global_step|epoch|scale_factor|v_pred|ztsnr"
-    r"|[a-z0-9_]*alphas_cumprod(_prev)?|betas|posterior_[a-z0-9_]*|lvlb_weights|logvar|denoiser\.sigmas"
+    r"|.*\.(position_ids|logit_scale|logit_bias|attn_mask)|global_step|epoch|scale_factor|v_pred|ztsnr"
+    r"|[a-z0-9_]*alphas_cumprod(_prev)?|betas|posterior_[a-z0-9_]*|lvlb_weights|logvar"
+    r"|((model\.)?model_sampling\.|(model_)?denoiser\.)?(log_)?sigmas|embedding_manager\..*"
+    r"|first_stage_model\.(quantize|model_ema)\..*"
+    # The other half of CLIP, as ComfyUI saves it or as it came: of the first encoder its projection too.
+    r"|(cond_stage_model|conditioner\.embedders\.[01])\.((clip_[lgh]|model|transformer)\.)*"
+    r"(visual|vision_model|visual_projection)\..*"
+    r"|(cond_stage_model|conditioner\.embedders\.0)\.((clip_[lh]|transformer)\.)*text_projection(\.weight)?"
     r"|cond_stage_model\.model\.(text_projection|transformer\.resblocks\.23\..*)"
 )
+SAYING = ("v_pred", "ztsnr")  # of them, what ``scheduler_options`` reads
 PARTS = (
     (r"(.*[._])?(lora_|hada_|lokr_|oft_)|.*\.(lora_[AB]|lora|lora_down)\.", "a LoRA or another adapter; give it "
      "beside its checkpoint, with --lora"),
@@ -109,6 +116,13 @@ def scheduler_options(entries: Mapping[str, Entry]) -> dict[str, Any]:
     return options
 
 
+def unused(entries: Mapping[str, Entry]) -> tuple[str, ...]:
+    """The tensors of a file that are of no part of the model; without buffers that the modules make anew."""
+    return tuple(
+        name for name in entries if JUNK.fullmatch(name) and name not in SAYING and not name.endswith("position_ids")
+    )
+
+
 def convert(
     file: Path, entries: Mapping[str, Entry], configs: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, Stored]]:
@@ -120,7 +134,7 @@ def convert(
     from exporter.handles import handle, stored
     from exporter.trace import quiet
 
-    handles = {name: handle(entry) for name, entry in entries.items()}
+    handles = {name: handle(entry) for name, entry in entries.items() if not JUNK.fullmatch(name)}
     made: dict[str, dict[str, Stored]] = {}
     used = {name for name in entries if JUNK.fullmatch(name)}
     for component, config in configs.items():

@@ -75,9 +75,8 @@ def _merge(checkpoint: Checkpoint, embedding: Embedding, path: str) -> Checkpoin
     words = (word, *(f"{word}_{index}" for index in range(1, count)))
     components = dict(checkpoint.components)
     for name, part in encoders.items():
-        known, end = tokenizer.extend(
-            checkpoint.tokenizers[name.replace("text_encoder", "tokenizer")].path, checkpoint.words, words, str(file)
-        )
+        made = checkpoint.tokenizers[name.replace("text_encoder", "tokenizer")].made
+        known, end = tokenizer.extend(made, checkpoint.words, words, str(file))
         components[name] = _extended(checkpoint, name, part, vectors[name], known, end, file)
     return replace(
         checkpoint,

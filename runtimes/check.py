@@ -111,6 +111,9 @@ def check_model(model: Model, where: str, *, whole: bool = True) -> None:
             raise _wrong(where, "adapters", adapter.path, "a file of the source, with a finite scale")
         if adapter.word is not None and not adapter.word.isprintable():
             raise _wrong(where, "adapters: word", adapter.word, "printable")
+    for note in model.notes:
+        if not note.isprintable():
+            raise _wrong(where, "notes", note, "printable lines")
     for index, stage in enumerate(model.stages):
         _check_stage(model, stage, f"{where}: stages[{index}]")
     if whole:

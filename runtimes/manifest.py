@@ -177,6 +177,7 @@ class Model:
     stages: tuple[Stage, ...]
     source: tuple[File, ...]
     adapters: tuple[Adapter, ...] = field(default_factory=tuple)
+    notes: tuple[str, ...] = field(default_factory=tuple)  # on what was left out of the checkpoint, a line each
 
 
 @dataclass(frozen=True)

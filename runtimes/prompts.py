@@ -234,8 +234,11 @@ def _lay(tokenizer: PromptTokenizer, pieces: Sequence[Piece], most: int) -> _Lai
     laid = _Laid(*_empty(tokenizer, count), _rest(found, count * room))
     for index in range(count):
         own = ids[index * room : (index + 1) * room]
-        laid.ids[index, : len(start) + len(own) + len(end)] = [*start, *own, *end]
-        laid.weights[index, len(start) : len(start) + len(own)] = weights[index * room : (index + 1) * room]
+        row = [*start, *own, *end]
+        at = tokenizer.place(len(row))
+        laid.ids[index, at : at + len(row)] = row
+        at += len(start)
+        laid.weights[index, at : at + len(own)] = weights[index * room : (index + 1) * room]
     return laid
 
 
@@ -243,7 +246,8 @@ def _empty(tokenizer: PromptTokenizer, count: int) -> tuple[Array, Array]:
     """Ids and weights of ``count`` chunks without a word."""
     ids = np.full((count, tokenizer.spec.length), tokenizer.spec.pad, np.int64)
     marks = [number for side in tokenizer.marks for number in side]
-    ids[:, : len(marks)] = marks
+    at = tokenizer.place(len(marks))
+    ids[:, at : at + len(marks)] = marks
     return ids, np.ones(ids.shape)
 
 

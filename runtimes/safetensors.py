@@ -24,6 +24,12 @@ NUMPY = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I64": np.int64, "I32": np.int32,
     "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
 }  # fmt: skip
+# Of the format's further types, those that weights are quantized to.
+NARROW = {
+    "F8_E4M3": "fp8", "F8_E5M2": "fp8", "F8_E8M0": "fp8", "F8_E4M3FNUZ": "fp8", "F8_E5M2FNUZ": "fp8",
+    "F6_E2M3": "fp6", "F6_E3M2": "fp6", "F4": "fp4",
+}  # fmt: skip
+OTHERS = ("U16", "U32", "U64", "C64")  # and those that no weight has
 HEADER_LIMIT = 100_000_000  # bytes, as the reference implementation has it
 LARGEST = 2**63 - 1  # of a side or an offset, as numpy counts
 DIMENSIONS = 32  # numpy takes 64
@@ -140,7 +146,10 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
     """The JSON object at a file's head, and where the tensors begin."""
     total = file.stat().st_size
     with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
+        first = stream.read(8)
+        if first.startswith(b"GGUF"):
+            raise gguf(file)
+        length = int.from_bytes(first, "little")
         if total < 8 or length > min(total - 8, HEADER_LIMIT):
             raise DexportError(f"{file}: not a whole .safetensors file ({total} bytes); copy or download it again")
         text = stream.read(length)
@@ -157,9 +166,21 @@ def _damaged(file: Path, why: object) -> DexportError:
     return DexportError(f"{file}: its header is damaged ({why}); copy or download it again")
 
 
+def gguf(file: Path) -> DexportError:
+    """The refusal of a file of llama.cpp's format, under whatever name."""
+    return DexportError(
+        f"{file}: a GGUF file, whose weights are quantized; save the model in fp16 or bf16, as .safetensors"
+    )
+
+
 def _entry(file: Path, name: str, item: Mapping[str, Any], base: int) -> Entry:
     begin, end = item["data_offsets"]
     shape = tuple(item["shape"])
+    if item["dtype"] in NARROW or item["dtype"] in OTHERS:
+        stored = NARROW.get(item["dtype"], "a type that no weight has")
+        raise DexportError(
+            f"{file}: tensor {name!r} is stored in {stored} ({item['dtype']}); save the model in fp16 or bf16"
+        )
     if item["dtype"] not in WIDTHS:
         raise ValueError(f"tensor {name!r} has the unsupported dtype {item['dtype']!r}")
     if not all(type(n) is int and 0 <= n <= LARGEST for n in (begin, end, *shape)) or end < begin:

@@ -38,6 +38,10 @@ class PromptTokenizer:
         own = [index for index, mark in enumerate(encoding.special_tokens_mask) if not mark]
         return encoding.ids[: own[0]], encoding.ids[own[-1] + 1 :]
 
+    def place(self, count: int) -> int:
+        """Where in a row ``count`` ids begin, beside those that fill it up."""
+        return 0 if self.spec.side == "right" else self.spec.length - count
+
     def content(self, text: str) -> tuple[list[int], list[int]]:
         """The ids of a text without marks, and the place in it where each begins.
 
@@ -72,7 +76,7 @@ class PromptTokenizer:
             except (TypeError, AttributeError, UnicodeEncodeError) as error:
                 raise DexportError(f"the prompt {prompt!r} is not valid text") from error
             tokens, end = _shortened(encoding, self.spec.length)
-            start = 0 if self.spec.side == "right" else self.spec.length - len(tokens)
+            start = self.place(len(tokens))
             ids[row, start : start + len(tokens)] = tokens
             cut.append("" if end is None else own[max(end - len(before), 0) :].strip())
         return ids, cut

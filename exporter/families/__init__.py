@@ -78,16 +78,18 @@ SAME = {
 
 WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z][a-z]+|[a-z]+")  # of a class's name
 
-# Each kind of tokenizer by the classes of transformers that a checkpoint may name for it.
-CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
-BERT_TOKENIZERS = ("BertTokenizer", "BertTokenizerFast")
-T5_TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast")
-GEMMA_TOKENIZERS = ("GemmaTokenizer", "GemmaTokenizerFast")
-LLAMA_TOKENIZERS = ("LlamaTokenizer", "LlamaTokenizerFast")
-QWEN_TOKENIZERS = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
-TOKENIZERS = (
-    *CLIP_TOKENIZERS, *BERT_TOKENIZERS, *T5_TOKENIZERS, *GEMMA_TOKENIZERS, *LLAMA_TOKENIZERS, *QWEN_TOKENIZERS,
-)  # fmt: skip
+# Each kind of tokenizer by the classes of transformers that a checkpoint may name for it. The generic ones take
+# whatever tokenizer.json is there: transformers 5 saves many a tokenizer under the first of these names.
+GENERIC_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
+CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", *GENERIC_TOKENIZERS)
+BERT_TOKENIZERS = ("BertTokenizer", "BertTokenizerFast", *GENERIC_TOKENIZERS)
+T5_TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast", *GENERIC_TOKENIZERS)
+GEMMA_TOKENIZERS = ("GemmaTokenizer", "GemmaTokenizerFast", *GENERIC_TOKENIZERS)
+LLAMA_TOKENIZERS = ("LlamaTokenizer", "LlamaTokenizerFast", *GENERIC_TOKENIZERS)
+QWEN_TOKENIZERS = ("Qwen2Tokenizer", "Qwen2TokenizerFast", *GENERIC_TOKENIZERS)
+TOKENIZERS = frozenset(
+    CLIP_TOKENIZERS + BERT_TOKENIZERS + T5_TOKENIZERS + GEMMA_TOKENIZERS + LLAMA_TOKENIZERS + QWEN_TOKENIZERS
+)
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ class Tokens:
 
     What is done to a prompt before, as in the manifest's ``Tokenizer``: ``template`` holds "{}" where the prompt goes,
     ``negative`` likewise for negative prompts, where theirs is another; ``lower`` strips the prompt and makes it lower
-    case. ``side``: where ids that fill up stand, None for the tokenizer's own side.
+    case. ``side``: where ids that fill up stand, None for the tokenizer's own side, as most pipelines have it.
     """
 
     input: str
@@ -122,7 +124,7 @@ class Tokens:
     template: str = "{}"
     negative: str | None = None
     lower: bool = False
-    side: Literal["right", "left"] | None = "right"
+    side: Literal["right", "left"] | None = None
 
 
 @dataclass(frozen=True)

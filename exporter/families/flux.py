@@ -100,7 +100,7 @@ def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
 
 
 def token_inputs(checkpoint: Checkpoint) -> Mapping[str, Tokens]:
-    """CLIP's tokenizer fills its encoder's positions; T5's gives as many ids as the model was trained with."""
+    """CLIP's tokenizer fills up to its own limit; T5's gives as many ids as the model was trained with."""
     _, length = parts.tokens(checkpoint, "text_encoder", "tokens").shape
     return {
         "tokenizer": Tokens("tokens", int(length)),

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from exporter.families import BERT_TOKENIZERS, Shape, Spec, Tokens, parts
+from runtimes.errors import DexportError
 from runtimes.manifest import Guidance, Stage, Tensor
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ COMPONENTS = {
     "vqvae": ("AutoencoderKL",),  # so called by the pipeline, whatever it is
     "tokenizer": BERT_TOKENIZERS,
 }
+LENGTH = 77  # tokens of a prompt, in LDMTextToImagePipeline whatever its tokenizer says
 GUIDANCE, STEPS = 1.0, 50  # diffusers' defaults; its example guides with 6
 
 
@@ -57,7 +59,9 @@ def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
     bert, unet, vae = (checkpoint.components[name].config for name in ("bert", "unet", "vqvae"))
     drawn = _canvas(checkpoint, shape)
     parts.painting(checkpoint, drawn)  # whose UNet is one of the autoencoder's channels
-    tokens = parts.tokens(checkpoint, "bert", "tokens")
+    if (most := parts.whole("bert", bert, "max_position_embeddings", LENGTH)) < LENGTH:
+        raise DexportError(f"bert/config.json: max_position_embeddings={most}; the pipeline gives it {LENGTH} tokens")
+    tokens = Tensor("tokens", "int64", ("batch", LENGTH))
     states = Tensor("encoder_hidden_states", "float32", (*tokens.shape, parts.whole("bert", bert, "d_model", 1280)))
     inputs = (drawn.sample, Tensor("timestep", "float32", ("batch",)), states)
     output = Tensor("output", "float32", drawn.sample.shape)
@@ -79,9 +83,8 @@ def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
 
 
 def token_inputs(checkpoint: Checkpoint) -> Mapping[str, Tokens]:
-    """The tokenizer's ids go to ``tokens``, as many as the text encoder has positions."""
-    _, length = parts.tokens(checkpoint, "bert", "tokens").shape
-    return {"tokenizer": Tokens("tokens", int(length))}
+    """The tokenizer's ids go to ``tokens``."""
+    return {"tokenizer": Tokens("tokens", LENGTH)}
 
 
 def rename(component: str, name: str) -> str | None:

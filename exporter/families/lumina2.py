@@ -141,7 +141,7 @@ def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
     inputs = (drawn.sample, Tensor("timestep", "float32", ("batch",)), *known)
     output = Tensor("output", "float32", drawn.sample.shape)
     return {
-        "text": Spec("text", text_encoders.only(checkpoint), text, (tokens,), known, {}),
+        "text": Spec("text", text_encoders.only(checkpoint, "right"), text, (tokens,), known, {}),
         "denoiser": Spec(
             "denoiser", {"transformer": lambda: build_transformer(config)}, denoiser, inputs, (output,),
             drawn.latent_sizes,
@@ -164,12 +164,14 @@ def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
 
 def token_inputs(checkpoint: Checkpoint) -> Mapping[str, Tokens]:
     """The ids of the instruction and a prompt, or of a negative prompt alone, go to ``tokens``."""
-    return {"tokenizer": Tokens("tokens", LENGTH, f"{INSTRUCTION}{{}}", "{}")}
+    return {"tokenizer": Tokens("tokens", LENGTH, f"{INSTRUCTION}{{}}", "{}", side="right")}
 
 
 def rename(component: str, name: str) -> str | None:
     """Today's module name of a checkpoint's tensor."""
-    return name if component == "text_encoder" else parts.rename(component, name)
+    if component == "text_encoder":
+        return text_encoders.rename_language(name)
+    return parts.rename(component, name)
 
 
 def _scheduler(checkpoint: Checkpoint, channels: int) -> Mapping[str, Any]:

@@ -259,10 +259,22 @@ def check_patches(shape: Shape, multiple: int, most: int) -> None:
         raise DexportError(f"{shape.height}x{shape.width} pixels: this model knows positions up to {most} pixels")
 
 
-def tokens(checkpoint: Checkpoint, component: str, name: str) -> Tensor:
-    """The token ids that a text encoder takes: as many as it has positions."""
-    config = checkpoint.components[component].config
-    return Tensor(name, "int64", ("batch", whole(component, config, "max_position_embeddings", 77)))
+def tokens(checkpoint: Checkpoint, component: str, name: str, tokenizer: str | None = None) -> Tensor:
+    """The token ids that a CLIP text encoder takes: as many as its tokenizer fills up to.
+
+    tokenizer: the component that says how many, where that is not the encoder's own. Raises DexportError where the
+    encoder has positions for fewer, in which diffusers fails.
+    """
+    most = whole(component, checkpoint.components[component].config, "max_position_embeddings", 77)
+    files = checkpoint.tokenizers[tokenizer or component.replace("text_encoder", "tokenizer")]
+    length = files.made.limit
+    if length is None or length > most:
+        said = "names no model_max_length" if length is None else f"says model_max_length={length}"
+        raise DexportError(
+            f"{files.path}: its tokenizer_config.json {said}, and the {component} has {most} positions; "
+            f"set model_max_length to {most}"
+        )
+    return Tensor(name, "int64", ("batch", length))
 
 
 def long_prompts(checkpoint: Checkpoint, spec: Spec, states: Tensor) -> Spec:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from exporter.families import Spec, Tokens, parts
+from exporter.families import Spec, Tokens, parts, text_encoders
 from runtimes.errors import DexportError
 from runtimes.manifest import Guidance, Stage, Tensor
 
@@ -62,14 +62,16 @@ class Prior:
 
         def text(modules: Any, tokens: Any) -> tuple[Any, Any, Any]:
             """[B, S] token ids to the projected state, the last layer's states, and 1 where a token is of the text."""
-            made = modules.get_submodule(self.text_encoder)(input_ids=tokens)
-            return made.text_embeds, made.last_hidden_state, mask(tokens)
+            module = modules.get_submodule(self.text_encoder)
+            made = module(input_ids=tokens)
+            return made.text_embeds, made.last_hidden_state, text_encoders.there(module, tokens).float()
 
         def denoiser(modules: Any, sample: Any, timestep: Any, *prompt: Any) -> Any:
             """[B, D], [B], and the prompt's to the embedding that it predicts: [B, D]."""
             return modules.get_submodule(self.component)(sample, timestep, *prompt, return_dict=False)[0]
 
-        build_text = {self.text_encoder: lambda: parts.build_projected_text(encoder)}
+        files = checkpoint.tokenizers[self.text_encoder.replace("text_encoder", "tokenizer")]
+        build_text = {self.text_encoder: text_encoders.padded(parts.build_projected_text, encoder, files)}
         return {
             "text": Spec("text", build_text, text, (tokens,), prompt, {}),
             "prior": Spec("denoiser", self.builder(checkpoint), denoiser, inputs, (output,), {}),
@@ -96,12 +98,6 @@ class Prior:
             if config.get(name) not in (None, width):
                 raise DexportError(f"{self.component}/config.json: {name} must be embedding_dim, {width}")
         return width
-
-
-def mask(tokens: Any) -> Any:
-    """1 for the tokens of a text up to the mark at its end, CLIP's last token of all; 0 for what fills up."""
-    ends = (tokens == tokens.amax(dim=1, keepdim=True)).float()
-    return (ends.cumsum(dim=1) - ends < 0.5).float()
 
 
 def build(config: Mapping[str, Any]) -> Any:

@@ -92,7 +92,7 @@ def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
     output = Tensor("output", "float32", drawn.sample.shape)
     inputs = (drawn.sample, Tensor("timestep", "float32", ("batch",)), states, mask)
     build_text = text_encoders.padded(
-        text_encoders.build_qwen_vl, configs["text_encoder"], checkpoint.tokenizers["tokenizer"]
+        text_encoders.build_qwen_vl, configs["text_encoder"], checkpoint.tokenizers["tokenizer"], "right"
     )
     coder = {"vae": lambda: build_vae(configs["vae"])}
     return {
@@ -114,8 +114,8 @@ def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
 
 
 def token_inputs(checkpoint: Checkpoint) -> Mapping[str, Tokens]:
-    """The prompt stands in a chat."""
-    return {"tokenizer": Tokens("tokens", DROPPED + LENGTH, TEMPLATE)}
+    """The prompt stands in a chat; the pipeline fills up a batch alone, and of one prompt nothing."""
+    return {"tokenizer": Tokens("tokens", DROPPED + LENGTH, TEMPLATE, side="right")}
 
 
 def rename(component: str, name: str) -> str | None:

@@ -133,7 +133,7 @@ def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
     further = (Tensor("guidance", "float32", ("batch",)),) if distilled else ()
     output = Tensor("output", "float32", drawn.sample.shape)
     build = {"transformer": lambda: build_transformer(config, shape, drawn.factor)}
-    build_text = {name: instructed(own, instruction) for name, own in text_encoders.only(checkpoint).items()}
+    build_text = {name: instructed(own, instruction) for name, own in text_encoders.only(checkpoint, "right").items()}
     return {
         "text": Spec("text", build_text, text, (tokens,), known, {}),
         "denoiser": Spec(
@@ -174,21 +174,19 @@ def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
 def token_inputs(checkpoint: Checkpoint) -> Mapping[str, Tokens]:
     """The ids of the instruction and a prompt in lower case, or of a negative prompt alone, go to ``tokens``."""
     length = _length(_instruction(checkpoint))
-    return {"tokenizer": Tokens("tokens", length, f"{INSTRUCTION}{{}}", "{}", lower=True)}
+    return {"tokenizer": Tokens("tokens", length, f"{INSTRUCTION}{{}}", "{}", lower=True, side="right")}
 
 
 def rename(component: str, name: str) -> str | None:
-    """The names are today's; None for a table of positions, which is computed."""
+    """Today's module name of a checkpoint's tensor; None for a table of positions, which is computed."""
+    if component == "text_encoder":
+        return text_encoders.rename_language(name)
     return None if name == "patch_embed.pos_embed" else name
 
 
 def _instruction(checkpoint: Checkpoint) -> list[int]:
     """The ids of the instruction alone, the mark in front of it among them."""
-    from exporter import tokenizer
-
-    files = checkpoint.tokenizers["tokenizer"]
-    found, _, _ = tokenizer.read(files.path, files.class_name)
-    ids: list[int] = found.encode(INSTRUCTION).ids
+    ids: list[int] = checkpoint.tokenizers["tokenizer"].made.open().encode(INSTRUCTION).ids
     return ids
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from exporter.families import CLIP_TOKENIZERS, Shape, Spec, Tokens, parts, prior
+from exporter.families import CLIP_TOKENIZERS, Shape, Spec, Tokens, parts, text_encoders
 from runtimes.errors import DexportError
 from runtimes.manifest import Guidance, Stage, Tensor
 
@@ -38,9 +38,9 @@ PIXELS, LATENTS = 42.67, 10.67
 
 def text(modules: Any, tokens: Any) -> tuple[Any, Any]:
     """[B, S] token ids to the last layer's states, not normed, and the projected one: [B, S, D], [B, 1, P]."""
-    made = modules.prior_text_encoder(
-        input_ids=tokens, attention_mask=prior.mask(tokens).long(), output_hidden_states=True
-    )
+    encoder = modules.prior_text_encoder
+    mask = text_encoders.there(encoder, tokens).long()
+    made = encoder(input_ids=tokens, attention_mask=mask, output_hidden_states=True)
     return made.hidden_states[-1], made.text_embeds[:, None]
 
 
@@ -91,7 +91,8 @@ def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
         return Tensor("sample", "float32", ("batch", *sample)), Tensor("output", "float32", ("batch", *sample))
 
     (first, first_output), (second, second_output) = both(small), both(large)
-    build_text = {"prior_text_encoder": lambda: parts.build_projected_text(config["prior_text_encoder"])}
+    encoder, files = config["prior_text_encoder"], checkpoint.tokenizers["prior_tokenizer"]
+    build_text = {"prior_text_encoder": text_encoders.padded(parts.build_projected_text, encoder, files)}
     build_prior = {"prior_prior": lambda: build_unet(config["prior_prior"])}
     build_decoder = {"decoder": lambda: build_unet(config["decoder"])}
     build_vqgan = {"vqgan": lambda: build_paella(config["vqgan"])}

@@ -80,6 +80,6 @@ def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
 
 
 def token_inputs(checkpoint: Checkpoint) -> Mapping[str, Tokens]:
-    """The tokenizer's ids go to ``tokens``, as many as the text encoder has positions."""
+    """The tokenizer's ids go to ``tokens``, as many as it fills up to."""
     _, length = parts.tokens(checkpoint, "text_encoder", "tokens").shape
     return {"tokenizer": Tokens("tokens", int(length))}

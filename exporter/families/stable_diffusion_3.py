@@ -73,7 +73,7 @@ def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
     drawn, config = parts.canvas(checkpoint, shape), checkpoint.components["transformer"].config
     clips = {name: checkpoint.components[name].config for name in CLIPS}
     width, pooled = _check(checkpoint, drawn, shape)
-    tokens = [parts.tokens(checkpoint, name, input_) for name, input_ in CLIPS.items()]
+    tokens = list(_tokens(checkpoint).values())
     build_text: dict[str, Callable[[], Any]] = {name: partial(_build_clip, own, width) for name, own in clips.items()}
     length = sum(int(one.shape[1]) for one in tokens) // len(tokens) + T5_LENGTH
     if T5 in checkpoint.components:
@@ -98,14 +98,19 @@ def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
 
 
 def token_inputs(checkpoint: Checkpoint) -> Mapping[str, Tokens]:
-    """CLIP's tokenizers fill their encoders' positions; T5's gives 256 ids."""
-    found = {}
-    for component, name in CLIPS.items():
-        _, length = parts.tokens(checkpoint, component, name).shape
-        found[component.replace("text_encoder", "tokenizer")] = Tokens(name, int(length))
+    """CLIP's tokenizers give as many ids as the first of them says; T5's gives 256."""
+    found = {tokenizer: Tokens(one.name, int(one.shape[1])) for tokenizer, one in _tokens(checkpoint).items()}
     if T5 in checkpoint.components:
         found["tokenizer_3"] = Tokens("tokens_3", T5_LENGTH)
     return found
+
+
+def _tokens(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The ids that CLIP's encoders take, by tokenizer: of both as many as the first one's says, as in the pipeline."""
+    return {
+        component.replace("text_encoder", "tokenizer"): parts.tokens(checkpoint, component, name, "tokenizer")
+        for component, name in CLIPS.items()
+    }
 
 
 def rename(component: str, name: str) -> str | None:

@@ -75,6 +75,11 @@ def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
     _check(config, pooled, sizes)
     hole = parts.painting(checkpoint, drawn)
     tokens = tuple(parts.tokens(checkpoint, name, input_) for name, input_ in _encoders(checkpoint).items())
+    if len({one.shape[1] for one in tokens}) > 1:
+        raise DexportError(
+            f"{checkpoint.path}: model_max_length is {tokens[0].shape[1]} in tokenizer/tokenizer_config.json and "
+            f"{tokens[1].shape[1]} in that of tokenizer_2, and the states of both are joined; set both to the smaller"
+        )
     width = sum(parts.whole(name, own, "hidden_size", 512) for name, own in encoders.items())
     states = Tensor("encoder_hidden_states", "float32", (*tokens[-1].shape, width))
     embeds = Tensor("text_embeds", "float32", ("batch", pooled))

@@ -6,6 +6,7 @@ Gemma 2: Gemma Team (2024), https://arxiv.org/abs/2408.00118.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -76,14 +77,22 @@ def rename_language(name: str) -> str | None:
     return None if name.startswith(("visual.", "lm_head.")) else name
 
 
-def padded(build: Callable[[Config], Any], config: Config, files: TokenizerFiles) -> Callable[[], Any]:
-    """A builder of an encoder that knows the id that its tokenizer fills up with, for ``there``."""
-    from exporter import tokenizer
+def padded(
+    build: Callable[[Config], Any], config: Config, files: TokenizerFiles, side: str | None = None
+) -> Callable[[], Any]:
+    """A builder of an encoder that knows what its tokenizer fills up with, for ``there``.
+
+    side: where, None for the tokenizer's own side.
+    """
 
     def built() -> Any:
-        module = build(config)
-        found, module.pad, _ = tokenizer.read(files.path, files.class_name)
-        module.marks = found.encode("").ids.count(module.pad)
+        module, made = build(config), files.made
+        encoding = made.open().encode("a")
+        marks = [number for number, mark in zip(encoding.ids, encoding.special_tokens_mask, strict=True) if mark]
+        module.pad, module.left, module.least = made.pad, (side or made.side) == "left", len(marks)
+        # A tokenizer may fill up with one of its marks, and those that stand there are the text's own.
+        ids = encoding.ids if module.left else encoding.ids[::-1]
+        module.marks = sum(1 for _ in itertools.takewhile(lambda number: number == made.pad, ids))
         return module
 
     return built
@@ -92,10 +101,10 @@ def padded(build: Callable[[Config], Any], config: Config, files: TokenizerFiles
 BUILDERS = {"T5EncoderModel": build_t5, "UMT5EncoderModel": build_umt5, "Gemma2Model": build_gemma2}
 
 
-def only(checkpoint: Checkpoint) -> dict[str, Callable[[], Any]]:
-    """The builder of a text graph's one encoder, ``padded``."""
+def only(checkpoint: Checkpoint, side: str | None = None) -> dict[str, Callable[[], Any]]:
+    """The builder of a text graph's one encoder, ``padded`` on a side."""
     part, files = checkpoint.components["text_encoder"], checkpoint.tokenizers["tokenizer"]
-    return {"text_encoder": padded(BUILDERS[part.class_name], part.config, files)}
+    return {"text_encoder": padded(BUILDERS[part.class_name], part.config, files, side)}
 
 
 def states(checkpoint: Checkpoint, length: int, option: str, default: int) -> tuple[Tensor, Tensor]:
@@ -113,8 +122,13 @@ def states(checkpoint: Checkpoint, length: int, option: str, default: int) -> tu
 
 
 def there(encoder: Any, tokens: Any) -> Any:
-    """Which of the ids [B, S] are tokens of a text, for an encoder of ``padded``: bool [B, S]."""
-    filled = tokens == encoder.pad
-    if encoder.marks:  # a tokenizer may fill up with its mark of the end, and the first of them is the text's own
-        filled = filled.long().cumsum(1) > encoder.marks
-    return ~filled
+    """Which of the ids [B, S] are tokens of a text, for an encoder of ``padded``: bool [B, S].
+
+    What fills up stands at one end. So a text may hold the id of it, as words that mean a mark do.
+    """
+    import torch
+
+    places = torch.arange(1, tokens.shape[1] + 1)  # counted from where the text stands; whole, since bf16 ends at 256
+    places = places.flip(0) if encoder.left else places
+    last = ((tokens != encoder.pad).long() * places).amax(dim=1, keepdim=True)  # that does not fill up: [B, 1]
+    return places <= (last + encoder.marks).clamp(min=encoder.least)

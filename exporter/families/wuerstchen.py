@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from exporter.families import CLIP_TOKENIZERS, Shape, Spec, Tokens, parts, prior, stable_cascade
+from exporter.families import CLIP_TOKENIZERS, Shape, Spec, Tokens, parts, stable_cascade, text_encoders
 from runtimes.manifest import Stage, Tensor
 
 if TYPE_CHECKING:
@@ -31,14 +31,21 @@ STEPS, DECODER_STEPS = 60, 12  # diffusers' own
 MEAN, SHIFT = 42.0, 1.0  # of the prior's map, likewise
 
 default_shape = stable_cascade.default_shape
-rename = stable_cascade.rename
+
+
+def rename(component: str, name: str) -> str | None:
+    """Today's module name of a checkpoint's tensor; its text encoders lost the level "text_model.", as elsewhere."""
+    if component.endswith("text_encoder"):
+        return parts.rename("text_encoder", name)
+    return stable_cascade.rename(component, name)
 
 
 def text(modules: Any, tokens: Any, tokens_2: Any) -> tuple[Any, Any]:
     """[B, S] token ids of each encoder to its states: [B, S, D], [B, S, D2]."""
     encoders = (modules.prior_text_encoder, tokens), (modules.text_encoder, tokens_2)
     first, second = (
-        encoder(input_ids=ids, attention_mask=prior.mask(ids).long()).last_hidden_state for encoder, ids in encoders
+        encoder(input_ids=ids, attention_mask=text_encoders.there(encoder, ids).long()).last_hidden_state
+        for encoder, ids in encoders
     )
     return first, second
 
@@ -83,7 +90,12 @@ def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
     samples, outputs = (
         [Tensor(name, "float32", ("batch", *size)) for size in (small, large)] for name in ("sample", "output")
     )
-    build_text = {component: lambda of=config[component]: parts.build_text(of) for component, _, _ in encoders}
+    build_text = {
+        component: text_encoders.padded(
+            parts.build_text, config[component], checkpoint.tokenizers[component.replace("text_encoder", "tokenizer")]
+        )
+        for component, _, _ in encoders
+    }
     build_map = {"prior_prior": lambda: build_prior(config["prior_prior"])}
     build_latents = {"decoder": lambda: build_decoder(config["decoder"])}
     build_vqgan = {"vqgan": lambda: stable_cascade.build_paella(config["vqgan"])}

@@ -23,7 +23,6 @@ COMPONENTS = {
     "vae": ("AutoencoderKL",),
     "tokenizer": QWEN_TOKENIZERS,
 }
-TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"  # Qwen3's chat, as ZImagePipeline asks for it
 LENGTH = 512  # ZImagePipeline's default, as what follows
 # There the scale counts from 0, c + g (c - u), and the default is 5.
 GUIDANCE, STEPS, SIDE = 6.0, 50, 1024
@@ -66,7 +65,8 @@ def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
     mask = Tensor("encoder_hidden_states_mask", "float32", ("batch", LENGTH))
     inputs = (drawn.sample, Tensor("timestep", "float32", ("batch",)), states, mask)
     output = Tensor("output", "float32", drawn.sample.shape)
-    build_text = text_encoders.padded(text_encoders.build_qwen3, encoder, checkpoint.tokenizers["tokenizer"])
+    files = checkpoint.tokenizers["tokenizer"]
+    build_text = text_encoders.padded(text_encoders.build_qwen3, encoder, files, "right")
     build = {"transformer": lambda: build_transformer(config)}
     return {
         "text": Spec("text", {"text_encoder": build_text}, text, (tokens,), (states, mask), {}),
@@ -83,8 +83,15 @@ def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
 
 
 def token_inputs(checkpoint: Checkpoint) -> Mapping[str, Tokens]:
-    """The prompt stands in a chat."""
-    return {"tokenizer": Tokens("tokens", LENGTH, TEMPLATE)}
+    """The prompt stands in the tokenizer's chat, as ZImagePipeline asks for it.
+
+    The pipeline takes the states of the text alone, so on which side the tokenizer fills up changes nothing.
+    """
+    from exporter import tokenizer
+
+    files = checkpoint.tokenizers["tokenizer"]
+    template = tokenizer.chat(files.path, files.class_name, enable_thinking=True)
+    return {"tokenizer": Tokens("tokens", LENGTH, template, side="right")}
 
 
 def rename(component: str, name: str) -> str | None:

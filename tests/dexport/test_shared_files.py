@@ -61,3 +61,21 @@ def test_a_single_file_with_a_lora(say: Say, tiny_sd: Path, tmp_path: Path) -> N
 def test_a_wrong_choice_is_one_line(say: Say, tiny_sd: Path, tmp_path: Path, options: list[str]) -> None:
     said = say("export", tiny_sd, *options, "-o", tmp_path / "hub")
     assert said.code == 2 and said.err.count("\n") == 1 and not (tmp_path / "hub").exists()
+
+
+def test_what_is_left_out_of_a_file_is_said(say: Say, tiny_sd: Path, tmp_path: Path) -> None:
+    """On stderr of a build and in what it made, and not in the way of JSON; the bundle is proven as any other."""
+    extras = {"cond_stage_model.logit_scale": np.ones(3), "model_ema.decay": np.ones(3)}
+    save_file(ldm.of_folder(tiny_sd) | extras, tmp_path / "model.safetensors")
+    note = (
+        "model.safetensors: a StableDiffusionPipeline does not use 2 tensors of its file: "
+        "'cond_stage_model.logit_scale', 'model_ema.decay'; left out"
+    )
+    file, config = tmp_path / "model.safetensors", ("--config", tiny_sd)
+    assert say("inspect", file, *config, "--json").json["notes"] == [note]
+    said = say("build", file, *config, "--target", "onnxruntime", "-o", tmp_path / "bundle", "--json")
+    assert said.code == 0, said.err
+    assert f"note: {note}" in said.err.splitlines() and said.json["bundles"][0]["notes"] == [note]
+    assert say("inspect", tmp_path / "bundle", "--json").json["notes"] == [note]
+    assert "does not use 2 tensors" in (tmp_path / "bundle" / "report.html").read_text(encoding="utf-8")
+    assert "notes" not in say("inspect", tiny_sd, "--json").json

@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from numpy.typing import NDArray
@@ -263,8 +264,55 @@ def test_a_file_may_say_how_it_was_trained(single: Path, tiny_sd: Path) -> None:
 def test_clips_vocabulary(kind: str, pad: int, tmp_path: Path) -> None:
     """Ids as OpenAI's CLIP gives them."""
     folder = single_file.CONFIGS / kind / "tokenizer"
-    assert tokenizer.write(folder, "CLIPTokenizer", tmp_path / "t.json") == (pad, "right")
+    read = tokenizer.read(folder, "CLIPTokenizer")
+    assert (read.pad, read.side, read.limit) == (pad, "right", 77)
+    tokenizer.write(read, tmp_path / "t.json")
     made = Tokenizer.from_file(str(tmp_path / "t.json"))
     assert made.get_vocab_size() == 49408
     assert made.encode("a photo of a cat").ids == [49406, 320, 1125, 539, 320, 2368, 49407]
     assert made.encode("A diagram").ids == [49406, 320, 22697, 49407]
+
+
+EXTRAS = (
+    "cond_stage_model.logit_scale", "cond_stage_model.transformer.text_projection.weight",
+    "cond_stage_model.transformer.logit_scale", "cond_stage_model.clip_l.logit_scale",
+    "cond_stage_model.clip_l.transformer.text_projection.weight", "cond_stage_model.text_projection",
+    "cond_stage_model.transformer.vision_model.post_layernorm.weight",
+    "cond_stage_model.transformer.visual_projection.weight", "model_ema.decay", "embedding_manager.embedder.weight",
+    "first_stage_model.quantize.embedding.weight", "first_stage_model.loss.logvar", "denoiser.sigmas",
+    "denoiser.log_sigmas", "model_sampling.sigmas",
+)  # fmt: skip
+EXTRAS_XL = (
+    "conditioner.embedders.0.logit_scale", "conditioner.embedders.0.transformer.text_projection.weight",
+    "conditioner.embedders.0.text_projection", "conditioner.embedders.1.model.logit_scale",
+    "conditioner.embedders.0.transformer.vision_model.post_layernorm.weight",
+    "conditioner.embedders.1.model.visual.proj",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("xl", [False, True])
+def test_what_others_save_beside_a_checkpoint_is_left_out_and_said(
+    single: Path, tiny_sd: Path, tiny_sdxl: Path, tmp_path: Path, xl: bool
+) -> None:
+    """The other half of CLIP, as ComfyUI has it, and what training left; the rest is as without them."""
+    folder, extras = (tiny_sdxl, EXTRAS_XL) if xl else (tiny_sd, EXTRAS)
+    file = tmp_path / "merged.safetensors"
+    plain = ldm.of_folder(folder)
+    save_file(plain, file)
+    before = checkpoint.read(file, config=folder)
+    assert not before.notes
+    save_file(plain | {name: np.zeros((3, 4), np.float16) for name in extras}, file)
+    found = checkpoint.read(file, config=folder)
+    (note,) = found.notes
+    assert note.startswith(f"merged.safetensors: a {found.pipeline} does not use {len(extras)} tensors of its file: ")
+    assert sorted(found.unused) == sorted(extras)
+    for name, part in before.components.items():
+        assert found.components[name].entries.keys() == part.entries.keys() and not found.components[name].unused
+    save_file(plain | {"model.ghost.weight": np.zeros(3)}, file)
+    assert "no part of a Stable Diffusion takes 'model.ghost.weight'" in refusal(file, config=folder)
+
+
+def test_a_single_file_in_fp8_is_called_so(single: Path, tiny_sd: Path) -> None:
+    narrow = {name: torch.from_numpy(value).to(torch.float8_e4m3fn) for name, value in load_file(single).items()}
+    safetensors.torch.save_file(narrow, single)
+    assert "is stored in fp8 (F8_E4M3); save the model in fp16 or bf16" in refusal(single, config=tiny_sd)

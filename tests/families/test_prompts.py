@@ -326,7 +326,7 @@ def test_the_end_mark_stays_what_the_pooled_state_is_of(tiny_sdxl: Path, tmp_pat
     """Old configs have 2 there, by which transformers takes the highest id; that would be the learned word's."""
     (tmp_path / "checkpoint").symlink_to(tiny_sdxl)
     made = read(tmp_path, TWO)
-    known, end = tokenizer.extend(made.tokenizers["tokenizer_2"].path, (), (), "")
+    known, end = tokenizer.extend(made.tokenizers["tokenizer_2"].made, (), (), "")
     config = made.components["text_encoder_2"].config
     assert config["vocab_size"] == known + 2 and config["eos_token_id"] == end == known - 1
 

@@ -118,8 +118,8 @@ def test_a_picture_is_reworked(saved: Saved, tmp_path: Path) -> None:
     specs, stages = (part(read, Shape(*size, free=False)) for part in (read.family.specs, read.family.stages))
     graphs = {name: Graph(spec.kind, f"{name}/model.onnx", spec.inputs, spec.outputs) for name, spec in specs.items()}
     files, (tokens,) = read.tokenizers["tokenizer"], read.family.token_inputs(read).values()
-    pad, _ = tokenizer.write(files.path, files.class_name, tmp_path / "tokenizer.json")
-    words = Tokenizer("tokenizer.json", tokens.input, tokens.length, pad, lower=tokens.lower)
+    tokenizer.write(files.made, tmp_path / "tokenizer.json")
+    words = Tokenizer("tokenizer.json", tokens.input, tokens.length, files.made.pad, lower=tokens.lower)
     opened = {name: gate.TorchSession(read, name, graph, [], size) for name, graph in graphs.items()}
     model = Model(read.family.NAME, read.pipeline, graphs, (words,), stages, ())
     pipeline = Pipeline(model, tmp_path, opened.__getitem__)
@@ -172,7 +172,18 @@ def test_rows_keep_their_length() -> None:
     assert not math.isclose(np.abs(found - mixed.numpy()).max(), 0)
 
 
-@pytest.mark.parametrize(("marks", "seen"), [(0, [1, 1, 0, 0, 0]), (1, [1, 1, 1, 0, 0])])
-def test_a_mark_of_the_end_that_also_fills_up(marks: int, seen: list[int]) -> None:
-    encoder = SimpleNamespace(pad=2, marks=marks)
-    assert text_encoders.there(encoder, torch.tensor([[5, 6, 2, 2, 2]])).long().tolist() == [seen]
+@pytest.mark.parametrize(
+    ("marks", "least", "ids", "seen"),
+    [
+        (0, 0, [5, 6, 2, 2, 2], [1, 1, 0, 0, 0]),
+        (1, 1, [5, 6, 2, 2, 2], [1, 1, 1, 0, 0]),
+        (1, 2, [2, 2, 2, 2, 2], [1, 1, 0, 0, 0]),  # two marks, and no text
+        (1, 1, [5, 2, 6, 2, 2], [1, 1, 1, 1, 0]),  # a text may hold a mark
+        (1, 1, [5, 2, 6, 7, 2], [1, 1, 1, 1, 1]),
+    ],
+)
+@pytest.mark.parametrize("left", [False, True])
+def test_a_mark_that_also_fills_up(marks: int, least: int, ids: list[int], seen: list[int], left: bool) -> None:
+    encoder = SimpleNamespace(pad=2, marks=marks, least=least, left=left)
+    step = -1 if left else 1
+    assert text_encoders.there(encoder, torch.tensor([ids[::step]])).long().tolist() == [seen[::step]]

@@ -76,6 +76,7 @@ WRONG: list[tuple[Change, str]] = [
     (graph("text", file="../text/model.onnx"), "not a plain path"),
     (graph("text", file="denoiser/model.onnx"), "a file in the folder text"),
     (graph("text", file="hub.json"), "a file in the folder text"),
+    (lambda model: model.update(notes=["two\nlines"]), "notes is"),
     (tokenizer(file="dexport.json"), "tokenizer's file"),
     (tokenizer(file="text/model.onnx"), "tokenizer's file"),
     (tokenizer(file="tokenizer/../text/model.onnx"), "not a plain path"),

@@ -20,8 +20,11 @@ PROMPTS = ["", "a red apple", "red {} apple", "a red apple on a green table, wit
 def opened(folder: Path, name: str, **said: Any) -> tuple[PromptTokenizer, Any]:
     """A tokenizer as a device opens it, and as transformers does."""
     expected = WRITERS[name](folder / "saved")
-    pad, side = tokenizer.write(folder / "saved", type(expected).__name__, folder / "tokenizer.json")
-    return PromptTokenizer(folder, Tokenizer("tokenizer.json", "tokens", pad=pad, **{"side": side, **said})), expected
+    made = tokenizer.read(folder / "saved", type(expected).__name__)
+    tokenizer.write(made, folder / "tokenizer.json")
+    return PromptTokenizer(
+        folder, Tokenizer("tokenizer.json", "tokens", pad=made.pad, **{"side": made.side, **said})
+    ), expected
 
 
 @pytest.mark.parametrize("name", WRITERS)
