@@ -244,7 +244,7 @@ def compile_(
 @click.option("--mask", "mask_file", type=FOLDER, help="Paint into --image only where this picture is white.")
 @click.option(
     "--strength", type=click.FloatRange(0, 1, min_open=True),
-    help="How much of the picture of --image may change. [default: 0.8, or 1 with --mask]",
+    help="How much of --image may change. [default: the model's own, as in diffusers: 0.3 to 1]",
 )  # fmt: skip
 @click.option(
     "--hint", "hint_files", type=HintFile(), multiple=True,

@@ -25,11 +25,19 @@ GREY = np.float32(0.5)  # what a denoiser sees in place of the pixels that it is
 
 
 def keep(rows: tuple[Row, ...]) -> tuple[Row, ...]:
-    """The rows of a whole way to a picture, of which each that ends a step puts the known part back."""
+    """The rows of a whole way to an image, each of which puts the known part back.
+
+    It is as noisy as the sample before the row that follows; within a step, where that row names no level, as at the
+    step's end, as in diffusers.
+    """
     if any(row.known for row in rows):
         return rows
-    after = [*(row.level for row in rows[1:]), (1.0, 0.0)]  # () inside of a step
-    return tuple(replace(row, known=level) for row, level in zip(rows, after, strict=True))
+    kept: list[Row] = []
+    level: tuple[float, ...] = (1.0, 0.0)
+    for row in reversed(rows):
+        kept.append(replace(row, known=level))
+        level = row.level or level
+    return tuple(reversed(kept))
 
 
 def kept(mask: Image.Image, size: tuple[int, int], factor: int) -> Array:

@@ -18,7 +18,7 @@ from runtimes.errors import DexportError, Progress, silent
 from runtimes.image import to_array, to_images
 from runtimes.manifest import Manifest, Model, Stage
 from runtimes.prompts import Prompts
-from runtimes.request import Request, check, first_step, scale, strength
+from runtimes.request import Request, check, scale, start_rule, strength
 from runtimes.session import Session, require, run_batched
 from runtimes.target import Target
 from runtimes.video import Video
@@ -192,11 +192,14 @@ class Pipeline:
         for stage in way:
             steps = cascade.setting(self.model.stages, way, request.steps) or stage.steps
             config = samplers.pick(stage.scheduler, request.sampler if asked else None, image=begun)
-            begin = first_step(self.model, request, steps) if begun else 0
+            begin, share = 0, 1.0
+            if begun:
+                how = start_rule(self.model, request)
+                begin, share = timetable.start(how, config, steps, strength(self.model, request))
             if begin >= stage.span[1] * steps:
                 continue
             stages.append(stage)
-            table = timetable.compile_stage(stage, steps, shape, scheduler=config, begin=begin)
+            table = timetable.compile_stage(stage, steps, shape, scheduler=config, begin=begin, strength=share)
             tables.append(replace(table, init_scale=1.0) if tables else table)  # what follows takes a sample as it is
         rows = tuple(row for table in tables for row in table.rows)
         if request.mask is not None and asked and not subject.paints(self.model):
