@@ -301,13 +301,15 @@ def run(
         raise click.BadParameter(
             f"{prompt_file.name}: not a text in UTF-8 ({error.reason})", param_hint=hint
         ) from error
+    from runtimes.image import open_image
+
     every = [*prompts, *filter(None, lines)]
     count = max(len(every), len(settings["labels"]), 1)
-    settings["image"] = console.open_image(image_file) if image_file else None
-    settings["mask"] = console.open_image(mask_file) if mask_file else None
+    settings["image"] = open_image(image_file) if image_file else None
+    settings["mask"] = open_image(mask_file) if mask_file else None
     if len({name for name, _, _ in hint_files}) < len(hint_files):
         raise click.UsageError("two pictures of --hint have the same name")
-    settings["hints"] = {name: dexport.Hint(console.open_image(file), **how) for name, file, how in hint_files}
+    settings["hints"] = {name: dexport.Hint(open_image(file), **how) for name, file, how in hint_files}
     with console.working() as progress:
         pipeline = dexport.load(bundle, threads=threads, cache=cache)
         files = outputs.files(output, count * settings["images"], videos=pipeline.fps is not None)

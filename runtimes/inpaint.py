@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from runtimes.errors import DexportError
-from runtimes.image import to_array
+from runtimes.image import grey, to_array
 from runtimes.session import Array
 from runtimes.table import Row
 
@@ -52,9 +52,13 @@ def kept(mask: Image.Image, size: tuple[int, int], factor: int) -> Array:
 
 def painted(mask: Image.Image, size: tuple[int, int]) -> Array:
     """Which pixels are painted: booleans [1, 1, H, W]. DexportError if none are."""
-    pixels: Array = to_array(mask.convert("L"), size).mean(axis=1, keepdims=True) >= EDGE
+    brightness: Array = to_array(grey(mask), size)[:, :1]
+    pixels: Array = brightness >= EDGE
     if not pixels.any():
-        raise DexportError("the mask is black all over, so nothing would be painted; make white what is to change")
+        raise DexportError(
+            f"the mask is black all over (at most {255 * brightness.max():.0f} of 255), so nothing would be painted; "
+            "make white what is to change"
+        )
     return pixels
 
 

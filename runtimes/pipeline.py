@@ -15,7 +15,7 @@ from PIL import Image
 
 from runtimes import bundle, cascade, conditioning, guidance, hints, inpaint, loop, samplers, subject, timetable, video
 from runtimes.errors import DexportError, Progress, silent
-from runtimes.image import to_array, to_images
+from runtimes.image import to_array, to_images, upright
 from runtimes.manifest import Manifest, Model, Stage
 from runtimes.prompts import Prompts
 from runtimes.request import Request, check, scale, start_rule, strength
@@ -177,7 +177,7 @@ class Pipeline:
         """What of the sample the loop puts back after each step; nothing where the denoiser itself is told the mask."""
         if request.mask is None or subject.paints(self.model):
             return None
-        return inpaint.kept(request.mask, self._pixels(request), self._main.factor)
+        return inpaint.kept(upright(request.mask, request.image), self._pixels(request), self._main.factor)
 
     def _runs(self, request: Request, way: cascade.Way) -> list[tuple[Stage, samplers.Table]]:
         """The stages of a way with their tables; they share the steps, and guidance's scales run over all of them.
@@ -317,8 +317,8 @@ class Pipeline:
         """The inputs ``mask`` and ``masked_sample`` of a denoiser that was trained to paint into a picture."""
         if request.image is None or request.mask is None or not subject.paints(self.model):
             return {}
-        image, factor = to_array(request.image, self._pixels(request)), self._main.factor
-        return inpaint.conditioning(image, request.mask, factor, subject.count(request), self.encode)
+        image, mask = to_array(request.image, self._pixels(request)), upright(request.mask, request.image)
+        return inpaint.conditioning(image, mask, self._main.factor, subject.count(request), self.encode)
 
     def _chunks(self, stage: Stage, request: Request, is_guided: bool) -> int:
         """The chunks of the longest prompt; all others get as many, since the denoiser takes them together."""

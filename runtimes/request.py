@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from runtimes import cascade, guidance, hints, subject, video
+from runtimes import cascade, guidance, hints, image, subject, video
 from runtimes.errors import DexportError
 from runtimes.manifest import Model, Start
 
@@ -55,7 +55,8 @@ class Request:
 def check(model: Model, request: Request) -> None:
     """Raise DexportError for what the model does not take, for what it needs, and for what makes no sense."""
     subject.check(model, request)
-    hints.chosen(model, request)
+    for name, hint in hints.chosen(model, request).items():
+        image.check(f"hint {name}", hint.image)
     for name, number in (("images", request.images), ("seed", request.seed), *_by_name("steps", request.steps)):
         if not isinstance(number, Integral):
             raise DexportError(f"{name} must be a whole number, not {number!r:.80}")
@@ -90,8 +91,8 @@ def _by_name(what: str, asked: Any) -> list[tuple[str, Any]]:
 def _check_picture(model: Model, request: Request) -> None:
     """What is said of a picture to start from."""
     for name, picture in (("image", request.image), ("mask", request.mask)):
-        if picture is not None and not isinstance(picture, Image.Image):
-            raise DexportError(f"{name} must be a picture (PIL.Image.open gives one), not {picture!r:.80}")
+        if picture is not None:
+            image.check(name, picture)
     if request.mask is not None and request.image is None:
         raise DexportError("a mask says where a picture may change; give --image too, or leave it out")
     if request.image is not None and not subject.shown(model) and cascade.main(model.stages)[0].encoder is None:
