@@ -141,3 +141,19 @@ def start_rule(model: Model, request: Request) -> Start:
     """How the model starts from an image, with the request's mask or without one."""
     stage = cascade.main(model.stages)[0]
     return stage.image_to_image if request.mask is None else stage.inpaint
+
+
+def unused(model: Model, request: Request) -> list[str]:
+    """A warning for each setting that has nothing to act on."""
+    main = cascade.main(model.stages)
+    guided = [
+        way
+        for way in cascade.ways(model.stages)
+        if way[0].guidance.kind == "cfg" and (guidance.numbers(scale(model, request, way)) > 1).any()
+    ]
+    left = {
+        "the negative prompt": request.negative_prompt != "" and not guided,
+        "guidance_rescale": request.guidance_rescale != 0 and main not in guided,
+    }
+    why = "guidance is off" if main[0].guidance.kind == "cfg" else "this model is not guided by a negative prompt"
+    return [f"{why}: {name} was left out" for name, out in left.items() if out]
