@@ -246,7 +246,7 @@ def compile_(
 @click.option("--mask", "mask_file", type=FOLDER, help="Paint into --image only where this picture is white.")
 @click.option(
     "--strength", type=click.FloatRange(0, 1, min_open=True),
-    help="How much of the picture of --image may change. [default: 0.8, or 1 with --mask]",
+    help="How much of --image may change. [default: the model's own, as in diffusers: 0.3 to 1]",
 )  # fmt: skip
 @click.option(
     "--hint", "hint_files", type=HintFile(), multiple=True,
@@ -303,13 +303,15 @@ def run(
         raise click.BadParameter(
             f"{prompt_file.name}: not a text in UTF-8 ({error.reason})", param_hint=hint
         ) from error
+    from runtimes.image import open_image
+
     every = [*prompts, *filter(None, lines)]
     count = max(len(every), len(settings["labels"]), 1)
-    settings["image"] = console.open_image(image_file) if image_file else None
-    settings["mask"] = console.open_image(mask_file) if mask_file else None
+    settings["image"] = open_image(image_file) if image_file else None
+    settings["mask"] = open_image(mask_file) if mask_file else None
     if len({name for name, _, _ in hint_files}) < len(hint_files):
         raise click.UsageError("two pictures of --hint have the same name")
-    settings["hints"] = {name: dexport.Hint(console.open_image(file), **how) for name, file, how in hint_files}
+    settings["hints"] = {name: dexport.Hint(open_image(file), **how) for name, file, how in hint_files}
     with console.working() as progress:
         pipeline = dexport.load(bundle, threads=threads, cache=cache)
         files = outputs.files(output, count * settings["images"], videos=pipeline.fps is not None)

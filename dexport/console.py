@@ -9,15 +9,11 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from runtimes.errors import DexportError, Progress, silent
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
+from runtimes.errors import Progress, silent
 
 EVERY = 60.0  # seconds from one line of progress to the next, where there is no terminal
 
@@ -106,21 +102,6 @@ def print_table(heads: Sequence[str], rows: Iterable[Sequence[str]], title: str 
 def _width(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
     columns = zip(heads, *rows, strict=True)
     return sum(max(len(cell) for cell in column) + 2 for column in columns)
-
-
-def open_image(file: Path) -> Image:
-    """Read a picture; DexportError for what is none."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(file) as image:
-            image.load()
-            return image.copy()
-    except Image.DecompressionBombError as error:
-        raise DexportError(f"{file}: the picture is too large; make it smaller") from error
-    except (UnidentifiedImageError, OSError) as error:
-        why = getattr(error, "strerror", None) or "not a picture that can be read"
-        raise DexportError(f"{file}: {why}") from error
 
 
 def size(count: int) -> str:

@@ -25,6 +25,8 @@ from runtimes.errors import DexportError
 from runtimes.manifest import HintInput, Stage, Tensor
 
 DENOISER = "denoiser"  # the graph that is steered
+CONTROL = "ControlNetModel"
+STRENGTH = 0.8  # from image to image with a ControlNet, of every class of diffusers
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow makes a picture grey
 # What a ControlNet must have as the UNet has it, for its residuals to fit; with the default of both classes.
 SAME = {
@@ -47,7 +49,7 @@ def specs(checkpoint: Checkpoint, shape: Shape, own: Mapping[str, Spec]) -> Mapp
         builders["unet"] = lambda: ip_adapter.install(build(), len(adapters))
     for name in checkpoint.hints:
         part = checkpoint.components[name]
-        if part.class_name == "ControlNetModel":
+        if part.class_name == CONTROL:
             _check_control(checkpoint, part)
             builders[name] = _builder(part.class_name, part.config)
             further.append((name, replace(picture, name=f"{name}_image")))
@@ -70,12 +72,18 @@ def specs(checkpoint: Checkpoint, shape: Shape, own: Mapping[str, Spec]) -> Mapp
 def stages(checkpoint: Checkpoint, own: tuple[Stage, ...]) -> tuple[Stage, ...]:
     """A family's stages with the hints of those whose denoiser is steered."""
     hints = tuple(_hint(checkpoint.components[name]) for name in checkpoint.hints)
-    return tuple(replace(stage, hints=hints) if stage.denoiser == DENOISER else stage for stage in own)
+    controlled = any(checkpoint.components[name].class_name == CONTROL for name in checkpoint.hints)
+
+    def steered(stage: Stage) -> Stage:
+        how = replace(stage.image_to_image, strength=STRENGTH) if controlled else stage.image_to_image
+        return replace(stage, hints=hints, image_to_image=how)
+
+    return tuple(steered(stage) if stage.denoiser == DENOISER else stage for stage in own)
 
 
 def _hint(part: Component) -> HintInput:
     name, graph = part.name, f"hint_{part.name}"
-    if part.class_name == "ControlNetModel":
+    if part.class_name == CONTROL:
         return HintInput(name, None, f"{name}_image", f"{name}_scale", 1.0, "lanczos")
     return HintInput(name, graph, "image", f"{name}_scale", 1.0, "bicubic" if part.class_name == CLASS else "lanczos")
 
@@ -86,7 +94,7 @@ def _builder(class_name: str, config: Mapping[str, Any]) -> Callable[[], Any]:
     def build() -> Any:
         import diffusers
 
-        kinds = {"ControlNetModel": diffusers.ControlNetModel, "T2IAdapter": diffusers.T2IAdapter}
+        kinds = {CONTROL: diffusers.ControlNetModel, "T2IAdapter": diffusers.T2IAdapter}
         return kinds[class_name].from_config(dict(config))
 
     return build
@@ -239,7 +247,7 @@ class _SteeredUNet:
         for name, kind in self._kinds.items():
             *given, scale = self._given[name]
             factor = scale[:, None, None, None]
-            if kind == "ControlNetModel":
+            if kind == CONTROL:
                 network = getattr(self._modules, name)
                 down, middle = network(
                     sample[:, : network.config.in_channels], timestep, states, *given, conditioning_scale=factor,

@@ -222,8 +222,11 @@ def _check_stage(model: Model, stage: Stage, where: str) -> None:
         raise _wrong(where, "guidance: scale", stage.guidance.scale, "a finite number")
     if len(stage.span) != 2 or not 0 <= stage.span[0] < stage.span[1] <= 1:
         raise _wrong(where, "span", stage.span, "two numbers that rise within 0 to 1")
-    if stage.strength is not None and not 0 < stage.strength <= 1:
-        raise _wrong(where, "strength", stage.strength, "above 0 and at most 1")
+    strengths = {"strength": stage.strength}
+    strengths |= {f"{task}: strength": getattr(stage, task).strength for task in ("image_to_image", "inpaint")}
+    for name, strength in strengths.items():
+        if strength is not None and not 0 < strength <= 1:
+            raise _wrong(where, name, strength, "above 0 and at most 1")
     if not 1 <= stage.multiple <= SIDE or any(side % stage.multiple for side in sides):
         raise _wrong(where, "multiple", stage.multiple, "a number from 1 that divides the sample's sides")
     if stage.patch is not None and (stage.patch < 1 or stage.multiple % stage.patch):

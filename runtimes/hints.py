@@ -72,9 +72,7 @@ def _checked(name: str, given: Any) -> Hint:
     hint = given if isinstance(given, Hint) else Hint(given)
     image, scale, ends = hint.image, numbers(hint.scale), numbers(hint.interval)
     if not isinstance(image, Image.Image):
-        raise DexportError(
-            f"hint {name}: give a picture (PIL.Image.open gives one), or a Hint of it, not {image!r:.80}"
-        )
+        raise DexportError(f"hint {name}: give an image (PIL.Image.open gives one), or a Hint of it, not {image!r:.80}")
     if hint.scale is not None and not (scale.shape == () and abs(scale) <= LARGEST):
         raise DexportError(f"hint {name}: the scale must be a number up to {LARGEST:g}, not {hint.scale!r:.80}")
     if ends.shape != (2,) or not 0 <= ends[0] < ends[1] <= 1:

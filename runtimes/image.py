@@ -1,4 +1,4 @@
-"""Pictures: arrays to 8 bits, PNG files that remember how they were made, and grids of them."""
+"""Images: the one reader of those that come in, arrays to 8 bits, PNG files that remember how they were made, grids."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from runtimes.errors import DexportError
 
 KEY = "dexport"  # the PNG text chunk that holds the settings as JSON
+DEEPEST = 65535  # white of 16 bits
+DEEP = ("PNG", "PPM")  # formats whose 16-bit grey Pillow may open in its mode "I", scaled to the whole range
+ORIENTATION = 0x0112  # EXIF's tag
 
 
 def to_images(array: NDArray[Any]) -> list[Image.Image]:
@@ -24,21 +27,92 @@ def to_images(array: NDArray[Any]) -> list[Image.Image]:
     return [Image.fromarray(picture) for picture in pixels]
 
 
+def open_image(file: Path) -> Image.Image:
+    """Read a file, of an animated one the first frame; DexportError for what is no image or a damaged one."""
+    try:
+        with Image.open(file) as image:
+            image.load()
+            return image
+    except Image.DecompressionBombError as error:
+        raise DexportError(f"{file}: the image is too large; make it smaller") from error
+    except Exception as error:  # Pillow's readers raise whatever they stumble over
+        why = getattr(error, "strerror", None) or "not an image that can be read"
+        raise DexportError(f"{file}: {why}") from error
+
+
+def upright(image: Image.Image, like: Image.Image | None = None) -> Image.Image:
+    """An image as people see it: turned, where a camera noted in its metadata that it was held on its side.
+
+    A mask without such a note that has the sides of the image ``like`` before it was turned is turned as that is.
+    Raises DexportError for an image without pixels and for one that Pillow cannot decode.
+    """
+    if not min(image.size):
+        raise DexportError(f"an image of {image.width}x{image.height} pixels; give one that has some")
+    try:
+        turned = like is not None and image.size == like.size != upright(like).size
+        if like is not None and turned and ORIENTATION not in image.getexif():
+            image = image.copy()
+            image.getexif()[ORIENTATION] = like.getexif()[ORIENTATION]
+        return ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DexportError("an image that cannot be read: it is cut off or damaged; save it anew") from error
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """An image of any mode of Pillow in a mode of 8 bits a channel, upright.
+
+    White is 65535 in 16 bits, and 1 for floats, which must lie within 0 and 1. Raises DexportError for numbers of which
+    it is not known what is white, and as ``upright`` does.
+    """
+    plain = upright(image)
+    if plain.mode == "La":
+        return plain.convert("LA")
+    if plain.mode[0] not in "IF":
+        return plain.convert("RGB") if plain.mode in ("LAB", "HSV") else plain
+    values = np.asarray(plain).astype(np.float64)
+    low, high = float(values.min()), float(values.max())
+    white = 1 if plain.mode == "F" else DEEPEST
+    if plain.mode == "I" and image.format not in DEEP:
+        raise DexportError("an image of 32-bit whole numbers, whose white is not known; save it with 8 or 16 bits")
+    if not 0 <= low <= high <= white:
+        raise DexportError(
+            f"an image of numbers from {low:g} to {high:g}, whose white is not known; scale floats to 0 to 1, or save "
+            "it with 8 or 16 bits"
+        )
+    # Rounded, so that half of white stays the edge between 127 and 128; Pillow's own conversion clips at 255.
+    narrow = Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
+    if isinstance(clear := plain.info.get("transparency"), int):
+        narrow.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return narrow
+
+
+def check(what: str, image: Any) -> None:
+    """Raise DexportError, with ``what`` it is of, for what is no image that can be taken; before any work."""
+    if not isinstance(image, Image.Image):
+        raise DexportError(f"{what} must be an image (PIL.Image.open gives one), not {image!r:.80}")
+    try:
+        eight_bits(image)
+    except DexportError as error:
+        raise DexportError(f"{what}: {error}") from error
+
+
+def grey(image: Image.Image) -> Image.Image:
+    """A mask in mode "L", upright: how bright it is, whatever its transparency, as in diffusers."""
+    plain = eight_bits(image).convert("L")
+    plain.info.pop("transparency", None)
+    return plain
+
+
 def to_array(
     image: Image.Image, size: tuple[int, int], resample: Literal["lanczos", "bicubic"] = "lanczos"
 ) -> NDArray[np.float32]:
-    """Turn a picture into float32 [1, 3, H, W] in [0, 1] of ``size`` (height, width).
+    """Turn an image into float32 [1, 3, H, W] in [0, 1] of ``size`` (height, width).
 
-    Transparent parts become white; a picture of another size is scaled to fill this one, and cut evenly at its sides:
-    cut first with "lanczos", scaled first with "bicubic", as CLIP was trained. One that a camera turned by a note in
-    its metadata is turned. Raises DexportError for one of no known range.
+    Transparent parts become white; an image of another size is scaled to fill this one, and cut evenly at its sides:
+    cut first with "lanczos", scaled first with "bicubic", as CLIP was trained. Raises DexportError as ``eight_bits``
+    does.
     """
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # convert would cut off all but the darkest 256th
-        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise DexportError(f"a picture of mode {image.mode}, whose white is not known; save it as an 8-bit picture")
-    rgba = image.convert("RGBA")
+    rgba = eight_bits(image).convert("RGBA")
     flat = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     fitted = (
         ImageOps.fit(flat, (size[1], size[0]), Image.Resampling.LANCZOS) if resample == "lanczos" else _cut(flat, size)
@@ -47,7 +121,7 @@ def to_array(
 
 
 def _cut(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The middle of a picture that was scaled to be just as large as ``size`` (height, width) or larger on one side."""
+    """The middle of an image that was scaled to be just as large as ``size`` (height, width) or larger on one side."""
     factor = max(size[0] / image.height, size[1] / image.width)
     width, height = max(int(image.width * factor), size[1]), max(int(image.height * factor), size[0])
     left, top = (width - size[1]) // 2, (height - size[0]) // 2

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from runtimes.errors import DexportError
-from runtimes.image import to_array
+from runtimes.image import grey, to_array
 from runtimes.session import Array
 from runtimes.table import Row
 
@@ -25,11 +25,19 @@ GREY = np.float32(0.5)  # what a denoiser sees in place of the pixels that it is
 
 
 def keep(rows: tuple[Row, ...]) -> tuple[Row, ...]:
-    """The rows of a whole way to a picture, of which each that ends a step puts the known part back."""
+    """The rows of a whole way to an image, each of which puts the known part back.
+
+    It is as noisy as the sample before the row that follows; within a step, where that row names no level, as at the
+    step's end, as in diffusers.
+    """
     if any(row.known for row in rows):
         return rows
-    after = [*(row.level for row in rows[1:]), (1.0, 0.0)]  # () inside of a step
-    return tuple(replace(row, known=level) for row, level in zip(rows, after, strict=True))
+    kept: list[Row] = []
+    level: tuple[float, ...] = (1.0, 0.0)
+    for row in reversed(rows):
+        kept.append(replace(row, known=level))
+        level = row.level or level
+    return tuple(reversed(kept))
 
 
 def kept(mask: Image.Image, size: tuple[int, int], factor: int) -> Array:
@@ -44,9 +52,13 @@ def kept(mask: Image.Image, size: tuple[int, int], factor: int) -> Array:
 
 def painted(mask: Image.Image, size: tuple[int, int]) -> Array:
     """Which pixels are painted: booleans [1, 1, H, W]. DexportError if none are."""
-    pixels: Array = to_array(mask.convert("L"), size).mean(axis=1, keepdims=True) >= EDGE
+    brightness: Array = to_array(grey(mask), size)[:, :1]
+    pixels: Array = brightness >= EDGE
     if not pixels.any():
-        raise DexportError("the mask is black all over, so nothing would be painted; make white what is to change")
+        raise DexportError(
+            f"the mask is black all over (at most {255 * brightness.max():.0f} of 255), so nothing would be painted; "
+            "make white what is to change"
+        )
     return pixels
 
 

@@ -112,6 +112,18 @@ class HintInput:
 
 
 @dataclass(frozen=True)
+class Start:
+    """Which of n steps a stage makes of an image with the strength s, as the pipeline class of its family does.
+
+    steps: "floor", the last int(n s); "ceil", all but the first int(n - n s); "spread", n steps within the part s of
+    the noise, of a scheduler that takes a strength, and as "floor" of another. strength: the default.
+    """
+
+    steps: Literal["floor", "ceil", "spread"] = "floor"
+    strength: float = 0.8
+
+
+@dataclass(frozen=True)
 class Stage:
     """One denoising loop with what comes before and after it; graphs are named by their key in ``Model.graphs``."""
 
@@ -129,7 +141,7 @@ class Stage:
     inputs: Mapping[str, Any] = field(default_factory=dict)
     negative: Mapping[str, Any] = field(default_factory=dict)  # those that differ in the call with the negative prompt
     span: tuple[float, ...] = (0.0, 1.0)  # the part of the way from noise to picture that the stage makes
-    strength: float | None = None  # of a model that only reworks pictures: how much, if nothing is asked for
+    strength: float | None = None  # of a model that only reworks images: how much, if nothing is asked for
     labels: Labels | None = None  # of a denoiser with classes
     multiple: int = 1  # what height and width of a sample of another size must be multiples of
     patch: int | None = None  # elements of the sample along each side of a token, of a model that counts in tokens
@@ -146,6 +158,8 @@ class Stage:
     # Of a video, whose samples are [C, F, h, w]: how many frames are shown in a second, if nothing is asked for. Its
     # decoder takes one frame, [C, h, w].
     fps: float | None = None
+    image_to_image: Start = Start()  # how it starts from an image, and from one with a mask
+    inpaint: Start = Start(strength=1.0)
 
 
 @dataclass(frozen=True)

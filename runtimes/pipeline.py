@@ -13,12 +13,25 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from runtimes import bundle, cascade, conditioning, guidance, hints, inpaint, loop, samplers, subject, timetable, video
+from runtimes import (
+    bundle,
+    cascade,
+    conditioning,
+    guidance,
+    hints,
+    inpaint,
+    loop,
+    samplers,
+    subject,
+    timetable,
+    video,
+    wording,
+)  # fmt: skip
 from runtimes.errors import DexportError, Progress, silent
-from runtimes.image import to_array, to_images
+from runtimes.image import to_array, to_images, upright
 from runtimes.manifest import Manifest, Model, Stage
 from runtimes.prompts import Prompts
-from runtimes.request import Request, check, first_step, scale, strength
+from runtimes.request import Request, check, scale, start_rule, strength, unused
 from runtimes.session import Session, require, run_batched
 from runtimes.target import Target
 from runtimes.video import Video
@@ -90,32 +103,17 @@ class Pipeline:
             progress(f"step {step.index + 1}/{step.total}", (step.index + 1) / step.total)
         progress("decoding", 1.0)
         drawn = self.decode(step.sample, request)
-        warnings = self._unused(request)
+        warnings = unused(self.model, request)
         if request.prompts:
             asked = {"prompt": request.prompts, "negative prompt": [request.negative_prompt]}
-            warnings += self.prompts.warnings(asked, weighted=request.prompt_weights)
+            steps = self._steps(request, self._main)
+            warnings += self.prompts.warnings(asked, steps, weighted=request.prompt_weights)
         settings_ = [{**self._settings(request, i), "size": list(drawn.shape[-2:])} for i in range(len(drawn))]
         if self.fps is None:
             return Result(to_images(drawn), settings_, warnings)
         fps = request.fps or self.fps
         settings_ = [{**one, "frames": drawn.shape[1], "fps": fps} for one in settings_]
         return Result([], settings_, warnings, [Video(to_images(one), fps) for one in drawn])
-
-    def _unused(self, request: Request) -> list[str]:
-        """A warning for each setting that has nothing to act on."""
-        guided = [
-            way
-            for way in cascade.ways(self.model.stages)
-            if way[0].guidance.kind == "cfg" and (guidance.numbers(scale(self.model, request, way)) > 1).any()
-        ]
-        unused = {
-            "the negative prompt": request.negative_prompt != "" and not guided,
-            "guidance_rescale": request.guidance_rescale != 0 and cascade.main(self.model.stages) not in guided,
-        }
-        why = (
-            "guidance is off" if self._main.guidance.kind == "cfg" else "this model is not guided by a negative prompt"
-        )
-        return [f"{why}: {name} was left out" for name, left in unused.items() if left]
 
     def generate(
         self, request: Request, noise: Callable[[], Array] | Sequence[Callable[[], Array]] | None = None
@@ -186,7 +184,7 @@ class Pipeline:
         """What of the sample the loop puts back after each step; nothing where the denoiser itself is told the mask."""
         if request.mask is None or subject.paints(self.model):
             return None
-        return inpaint.kept(request.mask, self._pixels(request), self._main.factor)
+        return inpaint.kept(upright(request.mask, request.image), self._pixels(request), self._main.factor)
 
     def _runs(self, request: Request, way: cascade.Way) -> list[tuple[Stage, samplers.Table]]:
         """The stages of a way with their tables; they share the steps, and guidance's scales run over all of them.
@@ -197,17 +195,22 @@ class Pipeline:
         tables: list[samplers.Table] = []
         asked = way == cascade.main(self.model.stages)
         begun = asked and self._begun(request) is not None
-        shape = self.sample_shape(request, way[0])
+        shape, made = self.sample_shape(request, way[0]), 0
         for stage in way:
-            steps = cascade.setting(self.model.stages, way, request.steps) or stage.steps
+            steps = self._steps(request, stage)
             config = samplers.pick(stage.scheduler, request.sampler if asked else None, image=begun)
-            begin = first_step(self.model, request, steps) if begun else 0
+            begin, share = 0, 1.0
+            if begun:
+                how = start_rule(self.model, request)
+                begin, share = timetable.start(how, config, steps, strength(self.model, request))
             if begin >= stage.span[1] * steps:
                 continue
             stages.append(stage)
-            table = timetable.compile_stage(stage, steps, shape, scheduler=config, begin=begin)
+            made = made or steps - begin
+            table = timetable.compile_stage(stage, steps, shape, scheduler=config, begin=begin, strength=share)
             tables.append(replace(table, init_scale=1.0) if tables else table)  # what follows takes a sample as it is
         rows = tuple(row for table in tables for row in table.rows)
+        rows = wording.plan(rows, wording.requests(request, way[0], self._steps(request, way[0]))[1][:made])
         if request.mask is not None and asked and not subject.paints(self.model):
             rows = inpaint.keep(rows)
         steered = [bool(stage.hints) for stage, table in zip(stages, tables, strict=True) for _ in table.rows]
@@ -220,6 +223,11 @@ class Pipeline:
             (stage, replace(table, rows=tuple(islice(guided, len(table.rows)))))
             for stage, table in zip(stages, tables, strict=True)
         ]
+
+    def _steps(self, request: Request, stage: Stage) -> int:
+        """The steps of a stage's way: those asked for, or its own."""
+        way = next(way for way in cascade.ways(self.model.stages) if stage in way)
+        return cascade.setting(self.model.stages, way, request.steps) or stage.steps
 
     def decode(self, sample: Array, request: Request | None = None) -> Array:
         """Turn the loop's last sample into images, float32 [B, 3, H, W] in [0, 1], or videos, [B, F, 3, H, W]."""
@@ -287,11 +295,17 @@ class Pipeline:
         shown, unshown = hints.encode(
             self.model, stage, request, self._open, self._pixels(request), subject.count(request)
         )
-        told, chunks = self._told(request), self._chunks(stage, request, is_guided)
-        with_prompt = {**self._conditioning(stage, request, chunks, given), **told, **shown}
-        if is_guided:
-            without = {**self._conditioning(stage, request, chunks, given, without=True), **told, **unshown}
-            both = {name: np.concatenate([without[name], with_prompt[name]]) for name in with_prompt}
+        told, worded = self._told(request), wording.requests(request, stage, self._steps(request, stage))[0]
+        inputs = {}  # by the number of the wording: with the prompt, without it, and both
+        for number in sorted({row.wording for row in table.rows}):
+            own = worded[number]
+            chunks = self._chunks(stage, own, is_guided)
+            with_prompt = {**self._conditioning(stage, own, chunks, given), **told, **shown}
+            without, both = with_prompt, with_prompt
+            if is_guided:
+                without = {**self._conditioning(stage, own, chunks, given, without=True), **told, **unshown}
+                both = {name: np.concatenate([without[name], with_prompt[name]]) for name in with_prompt}
+            inputs[number] = with_prompt, without, both
         session = self._open(stage.denoiser)  # after the text graph, which may be closed by now
 
         def call(sample: Array, t: float, row: samplers.Row, further: Mapping[str, Array]) -> Array:
@@ -300,6 +314,7 @@ class Pipeline:
             return run_batched(session, {"sample": sample, "timestep": timestep, **further, **steered})["output"]
 
         def model(sample: Array, t: float, row: samplers.Row) -> Array:
+            with_prompt, without, both = inputs[row.wording]
             if stage.guidance.kind == "embedded":
                 told = {"guidance": np.full(len(sample), row.guidance, np.float32)}
                 return call(sample, t, row, {**with_prompt, **told})
@@ -323,8 +338,8 @@ class Pipeline:
         """The inputs ``mask`` and ``masked_sample`` of a denoiser that was trained to paint into a picture."""
         if request.image is None or request.mask is None or not subject.paints(self.model):
             return {}
-        image, factor = to_array(request.image, self._pixels(request)), self._main.factor
-        return inpaint.conditioning(image, request.mask, factor, subject.count(request), self.encode)
+        image, mask = to_array(request.image, self._pixels(request)), upright(request.mask, request.image)
+        return inpaint.conditioning(image, mask, self._main.factor, subject.count(request), self.encode)
 
     def _chunks(self, stage: Stage, request: Request, is_guided: bool) -> int:
         """The chunks of the longest prompt; all others get as many, since the denoiser takes them together."""

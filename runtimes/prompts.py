@@ -5,12 +5,12 @@ is not closed goes to the end, and ``\\(`` is a bracket of the text. The states 
 and then all of the prompt's states by one number, so that their mean stays what it was. Syntax and meaning are those of
 AUTOMATIC1111's web UI (its wiki, Features, "Attention/emphasis") and of diffusers' community pipeline
 lpw_stable_diffusion; so is what becomes of a long prompt: each chunk of it goes through the text encoder with marks of
-its own, the states are joined, and a shorter prompt beside it is filled with the states of an empty one.
+its own, the states are joined, and a shorter prompt beside it is filled with the states of an empty one. What changes
+over the steps is runtimes.wording's.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,10 +19,12 @@ from pathlib import Path
 
 import numpy as np
 
+from runtimes import wording
 from runtimes.errors import DexportError
 from runtimes.manifest import SEQUENCE, Graph, Model, Stage
 from runtimes.session import Array, Session, run_batched
 from runtimes.tokenizer import PromptTokenizer
+from runtimes.wording import BREAK, NETWORK
 
 FACTOR = 1.1  # of a pair of brackets
 SHOWN = 80  # characters of a prompt in a warning
@@ -32,10 +34,11 @@ SYNTAX = re.compile(r"\\[\\()\[\]]|[()\[\]]|:\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*\)", 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a prompt, and what its tokens weigh."""
+    """A part of a prompt, what its tokens weigh, and whether it starts another chunk."""
 
     text: str
     weight: float = 1.0
+    starts: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ class Tokens:
 def parse(prompt: str) -> list[Piece]:
     """The pieces of a prompt, without the brackets that weigh them; neighbours of one weight are one piece.
 
-    Raises DexportError for a weight that is none.
+    BREAK between two of them starts another chunk, and names of networks are left out (runtimes.wording). Raises
+    DexportError for a weight that is none.
     """
     pieces: list[Piece] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}  # how many pieces there were before each
@@ -67,7 +71,7 @@ def parse(prompt: str) -> list[Piece]:
     def weigh(start: int, factor: float) -> None:
         pieces[start:] = [replace(piece, weight=piece.weight * factor) for piece in pieces[start:]]
 
-    end = 0
+    end, prompt = 0, NETWORK.sub("", prompt)
     for found in SYNTAX.finditer(prompt):
         pieces.append(Piece(prompt[end : found.start()]))
         mark, end = found[0], found.end()
@@ -84,7 +88,11 @@ def parse(prompt: str) -> list[Piece]:
         weigh(start, FACTOR)
     for start in opened["["]:
         weigh(start, 1 / FACTOR)
-    return _joined(pieces)
+    return [
+        replace(piece, text=text, starts=index > 0)
+        for piece in _joined(pieces)
+        for index, text in enumerate(BREAK.split(piece.text))
+    ]
 
 
 def _joined(pieces: Sequence[Piece]) -> list[Piece]:
@@ -141,8 +149,9 @@ class Prompts:
             made = {name: tokenizer(prompts, negative=negative) for name, tokenizer in used}
             cuts = [cut for _, cut in made.values()]
             return Tokens({name: ids[:, None] for name, (ids, _) in made.items()}, None, _least(cuts))
-        pieces = [parse(prompt) if weighted else [Piece(prompt)] for prompt in prompts]
         most = most_chunks(self._model, stage)
+        marked = prompts if most > 1 else [BREAK.sub(" ", prompt) for prompt in prompts]
+        pieces = [parse(prompt) for prompt in marked] if weighted else [[Piece(prompt)] for prompt in prompts]
         laid = {name: [_lay(tokenizer, own, most) for own in pieces] for name, tokenizer in used}
         chunks = max(chunks, *(len(row.ids) for rows in laid.values() for row in rows))
         full = {name: [_filled(tokenizer, row, chunks) for row in laid[name]] for name, tokenizer in used}
@@ -185,13 +194,21 @@ class Prompts:
             made[tensor.name] = np.zeros((count, first, *others), tensor.dtype)
         return made
 
-    def warnings(self, asked: Mapping[str, Sequence[str]], *, weighted: bool = True) -> list[str]:
-        """A line for each prompt of which words are cut off; ``asked``: prompts by what they are called."""
+    def warnings(self, asked: Mapping[str, Sequence[str]], steps: int, *, weighted: bool = True) -> list[str]:
+        """A line for each prompt of which words are cut off or marks are not followed, in any of the steps.
+
+        asked: prompts by what they are called.
+        """
         lines = []
         for stage in self._model.stages:
             for name, prompts in asked.items() if stage.text is not None else ():
+                every = prompts
+                if stage.states and weighted:
+                    most = most_chunks(self._model, stage)
+                    lines += [line for prompt in prompts for line in wording.warnings(name, prompt, chunks=most)]
+                    every = [prompt for own in wording.schedule(prompts, steps)[0] for prompt in own]
                 negative = name == "negative prompt"
-                cut = filter(None, self.tokenize(stage, prompts, weighted=weighted, negative=negative).cut)
+                cut = filter(None, self.tokenize(stage, every, weighted=weighted, negative=negative).cut)
                 lines += [f"the {name} is longer than the model's context: {_short(own)} was cut off" for own in cut]
         return list(dict.fromkeys(lines))
 
@@ -228,17 +245,25 @@ def _lay(tokenizer: PromptTokenizer, pieces: Sequence[Piece], most: int) -> _Lai
     if room < 1:
         raise DexportError(f"{tokenizer.spec.file}: its marks leave no place for a word in {length} tokens")
     found = [(piece, *tokenizer.content(piece.text)) for piece in pieces]
-    ids = [number for _, own, _ in found for number in own]
-    weights = [piece.weight for piece, own, _ in found for _ in own]
-    count = min(max(math.ceil(len(ids) / room), 1), most)
-    laid = _Laid(*_empty(tokenizer, count), _rest(found, count * room))
-    for index in range(count):
-        own = ids[index * room : (index + 1) * room]
+    chunks: list[list[tuple[int, float]]] = [[]]  # ids and weights
+    for piece, own, _ in found:
+        if piece.starts:
+            chunks.append([])
+        for number in own:
+            if len(chunks[-1]) == room:
+                chunks.append([])
+            chunks[-1].append((number, piece.weight))
+    if len(chunks) > 1 and not chunks[-1]:
+        chunks.pop()  # nothing comes after the last BREAK
+    kept = chunks[:most]
+    laid = _Laid(*_empty(tokenizer, len(kept)), _rest(found, sum(map(len, kept))))
+    for index, chunk in enumerate(kept):
+        own = [number for number, _ in chunk]
         row = [*start, *own, *end]
         at = tokenizer.place(len(row))
         laid.ids[index, at : at + len(row)] = row
         at += len(start)
-        laid.weights[index, at : at + len(own)] = weights[index * room : (index + 1) * room]
+        laid.weights[index, at : at + len(own)] = [weight for _, weight in chunk]
     return laid
 
 

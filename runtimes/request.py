@@ -9,15 +9,14 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from runtimes import cascade, guidance, hints, subject, video
+from runtimes import cascade, guidance, hints, image, subject, video
 from runtimes.errors import DexportError
-from runtimes.manifest import Model
+from runtimes.manifest import Model, Start
 
 Batching = Literal["batched", "sequential"]
 
 # Beyond this a request is a slip of the keyboard, and would end in a machine without memory instead of one line.
 MOST_IMAGES = 4096  # in one call
-STRENGTH = 0.8
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Request:
     # Start from this picture, made noisy by ``strength``; a model that is shown one (superresolution) goes by it.
     image: Image.Image | None = None
     mask: Image.Image | None = None  # paint only where it is white, and leave the rest of the picture as it is
-    # 0 to 1: the part of the steps that is made of a picture; if None, STRENGTH, or all of them with a mask
+    # 0 to 1: the part of the steps that is made of an image; if None, the model's own, with a mask and without
     strength: float | None = None
     fps: float | None = None  # of a video: frames that are shown in a second
     # Pictures that steer, by the names that the model has for them; "" is the name where it takes but one.
@@ -56,7 +55,8 @@ class Request:
 def check(model: Model, request: Request) -> None:
     """Raise DexportError for what the model does not take, for what it needs, and for what makes no sense."""
     subject.check(model, request)
-    hints.chosen(model, request)
+    for name, hint in hints.chosen(model, request).items():
+        image.check(f"hint {name}", hint.image)
     for name, number in (("images", request.images), ("seed", request.seed), *_by_name("steps", request.steps)):
         if not isinstance(number, Integral):
             raise DexportError(f"{name} must be a whole number, not {number!r:.80}")
@@ -91,13 +91,13 @@ def _by_name(what: str, asked: Any) -> list[tuple[str, Any]]:
 def _check_picture(model: Model, request: Request) -> None:
     """What is said of a picture to start from."""
     for name, picture in (("image", request.image), ("mask", request.mask)):
-        if picture is not None and not isinstance(picture, Image.Image):
-            raise DexportError(f"{name} must be a picture (PIL.Image.open gives one), not {picture!r:.80}")
+        if picture is not None:
+            image.check(name, picture)
     if request.mask is not None and request.image is None:
         raise DexportError("a mask says where a picture may change; give --image too, or leave it out")
     if request.image is not None and not subject.shown(model) and cascade.main(model.stages)[0].encoder is None:
         raise DexportError("this bundle has no encoder to start from a picture with; leave --image out")
-    share = _number("strength", strength(model, request))
+    share = _number("strength", 1.0 if request.strength is None else request.strength)
     if not 0 < share <= 1:
         raise DexportError(f"strength must be above 0 and at most 1, not {share}")
     if request.strength is not None and request.image is None:
@@ -131,17 +131,29 @@ def scale(model: Model, request: Request, way: cascade.Way) -> float | Sequence[
 
 
 def strength(model: Model, request: Request) -> float:
-    """The part of the steps that is made of a picture."""
-    if request.strength is not None:
-        return request.strength
-    own = cascade.main(model.stages)[0].strength
-    return 1.0 if request.mask is not None else STRENGTH if own is None else own
+    """The part of the steps that is made of an image."""
+    stage = cascade.main(model.stages)[0]
+    own = stage.strength if stage.strength is not None and request.mask is None else start_rule(model, request).strength
+    return float(own if request.strength is None else request.strength)
 
 
-def first_step(model: Model, request: Request, steps: int) -> int:
-    """The step that a picture starts at, as in diffusers: int(strength * steps) steps are made."""
-    share = float(strength(model, request))
-    made = min(int(steps * share), steps)
-    if not made:
-        raise DexportError(f"a strength of {share:g} leaves none of {steps} steps; raise one of them")
-    return steps - made
+def start_rule(model: Model, request: Request) -> Start:
+    """How the model starts from an image, with the request's mask or without one."""
+    stage = cascade.main(model.stages)[0]
+    return stage.image_to_image if request.mask is None else stage.inpaint
+
+
+def unused(model: Model, request: Request) -> list[str]:
+    """A warning for each setting that has nothing to act on."""
+    main = cascade.main(model.stages)
+    guided = [
+        way
+        for way in cascade.ways(model.stages)
+        if way[0].guidance.kind == "cfg" and (guidance.numbers(scale(model, request, way)) > 1).any()
+    ]
+    left = {
+        "the negative prompt": request.negative_prompt != "" and not guided,
+        "guidance_rescale": request.guidance_rescale != 0 and main not in guided,
+    }
+    why = "guidance is off" if main[0].guidance.kind == "cfg" else "this model is not guided by a negative prompt"
+    return [f"{why}: {name} was left out" for name, out in left.items() if out]

@@ -30,7 +30,7 @@ class Ask:
 
     timesteps, sigmas: lists in place of the config's own spacing, one value a step (sigmas: one more, the end's).
     begin: the first step that is made; the ones before it are left out, and a history starts empty there. mu: the
-    shift of a schedule that depends on the resolution.
+    shift of a schedule that depends on the resolution. strength: the part of the noise that all steps lie in.
     """
 
     steps: int
@@ -38,6 +38,7 @@ class Ask:
     sigmas: Sequence[float] | None = None
     begin: int = 0
     mu: float | None = None
+    strength: float = 1.0
 
 
 BETA_LIMIT = 0.999  # of the cosine schedule, https://arxiv.org/abs/2102.09672, section 3.2

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from runtimes.errors import DexportError
-from runtimes.image import to_array
+from runtimes.image import to_array, upright
 from runtimes.manifest import Graph, Labels, Model, Stage
 from runtimes.session import Array
 
@@ -85,7 +85,7 @@ def conditioning(
 
 def fitting(image: Image.Image, multiple: int) -> tuple[int, int]:
     """Height and width of a picture, cut to multiples."""
-    width, height = ImageOps.exif_transpose(image).size
+    width, height = upright(image).size
     if min(width, height) < multiple:
         raise DexportError(f"the picture is {height}x{width} pixels; this model needs {multiple} at least on each side")
     return height - height % multiple, width - width % multiple

@@ -38,7 +38,8 @@ class Row:
     model is called; M is 0 where it is not. level: () or, where the row begins a step, the factors of signal and noise
     in the sample before it.
     guidance: the scale of guidance at this call, which the model, not the loop, applies; at most 1: none. hints:
-    likewise the scale of each picture that steers the model (runtimes.hints).
+    likewise the scale of each picture that steers the model (runtimes.hints). wording: likewise which of the wordings
+    of the prompts it is told (runtimes.wording).
     """
 
     t: float
@@ -64,6 +65,7 @@ class Row:
     level: tuple[float, ...] = ()
     guidance: float = 1.0
     hints: tuple[float, ...] = ()
+    wording: int = 0
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
     """One loop with classifier-free guidance."""
     drawn = parts.canvas(checkpoint, shape)
     patch = _whole(checkpoint, "patch_size", 2)
-    return (drawn.stage(checkpoint, Guidance("cfg", GUIDANCE), STEPS, multiple=patch),)
+    return (drawn.stage(checkpoint, Guidance("cfg", GUIDANCE), STEPS, multiple=patch, **parts.UNMASKED_FLOW),)
 
 
 def token_inputs(checkpoint: Checkpoint) -> Mapping[str, Tokens]:

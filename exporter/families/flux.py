@@ -96,7 +96,7 @@ def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
     drawn, kind = parts.canvas(checkpoint, shape), _kind(checkpoint)
     guidance = Guidance("embedded" if kind is DEV else "none", kind["scale"])
     steps = int(kind["steps"])
-    return (drawn.stage(checkpoint, guidance, steps, multiple=PATCH, patch=PATCH, sigmas="even"),)
+    return (drawn.stage(checkpoint, guidance, steps, multiple=PATCH, patch=PATCH, sigmas="even", **parts.FLOW),)
 
 
 def token_inputs(checkpoint: Checkpoint) -> Mapping[str, Tokens]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from exporter.families import CLIP_TOKENIZERS, Shape, Spec, Tokens, parts, prior, unet2d
 from exporter.families.latent_diffusion import build_vq
 from runtimes.errors import DexportError
-from runtimes.manifest import Guidance, Stage, Tensor
+from runtimes.manifest import Guidance, Stage, Start, Tensor
 
 if TYPE_CHECKING:
     from exporter.checkpoint import Checkpoint
@@ -31,6 +31,7 @@ COMPONENTS = {
 SCHEDULERS = ("scheduler", "prior_scheduler")
 GUIDANCE, PRIOR_GUIDANCE = 4.0, 4.0  # diffusers' own
 STEPS, PRIOR_STEPS = 50, 25  # of the decoder the authors' own, half of diffusers'
+STRENGTH = 0.3  # of KandinskyV22Img2ImgCombinedPipeline
 PRIOR = prior.Prior("prior_prior", "prior_text_encoder", "image_embeds")
 
 rename = parts.rename
@@ -119,7 +120,7 @@ def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
         ),
         Stage(
             "decoder", "denoiser", None, "decoder", "encoder", sample, drawn.factor, checkpoint.scheduler,
-            Guidance("cfg", GUIDANCE), STEPS, multiple=_multiple(checkpoint),
+            Guidance("cfg", GUIDANCE), STEPS, multiple=_multiple(checkpoint), image_to_image=Start(strength=STRENGTH),
         ),
     )  # fmt: skip
 

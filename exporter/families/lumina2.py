@@ -157,7 +157,7 @@ def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
         drawn.stage(
             checkpoint, Guidance("cfg", GUIDANCE, normalize="rows"), STEPS,
             scheduler=_scheduler(checkpoint, drawn.channels), multiple=_whole(checkpoint, "patch_size", 2),
-            sigmas="even",
+            sigmas="even", **parts.UNMASKED_FLOW,
         ),
     )  # fmt: skip
 

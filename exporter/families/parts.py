@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from exporter.families import Shape, Spec
 from runtimes.errors import DexportError
-from runtimes.manifest import SEQUENCE, Guidance, Stage, Tensor
+from runtimes.manifest import SEQUENCE, Guidance, Stage, Start, Tensor
 
 if TYPE_CHECKING:
     from exporter.checkpoint import Checkpoint
@@ -25,6 +25,9 @@ STATES = ("encoder_hidden_states",)  # of CLIP, one for each token
 LARGEST = 1e6  # magnitude of what latents are scaled and shifted by
 LEARNED = ("learned", "learned_range")  # variance_type of schedulers that take it from the model
 # Names of attention in autoencoders and unconditional UNets before diffusers 0.14, and those of today.
+# How diffusers' flow pipelines start from an image; of those that have no class for masks, all steps are made of one.
+FLOW: Mapping[str, Any] = {"image_to_image": Start("ceil", 0.6), "inpaint": Start("ceil", 0.6)}
+UNMASKED_FLOW: Mapping[str, Any] = {**FLOW, "inpaint": Start("ceil", 1.0)}
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 

@@ -110,7 +110,7 @@ def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
     """One loop with classifier-free guidance that keeps each token's length."""
     drawn = _canvas(checkpoint, shape)
     guidance = Guidance("cfg", GUIDANCE, normalize="tokens")
-    return (drawn.stage(checkpoint, guidance, STEPS, multiple=PATCH, patch=PATCH, sigmas="even"),)
+    return (drawn.stage(checkpoint, guidance, STEPS, multiple=PATCH, patch=PATCH, sigmas="even", **parts.FLOW),)
 
 
 def token_inputs(checkpoint: Checkpoint) -> Mapping[str, Tokens]:

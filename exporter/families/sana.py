@@ -168,7 +168,7 @@ def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
     drawn = _canvas(checkpoint, shape)
     guidance = Guidance("embedded" if _is_distilled(checkpoint) else "cfg", GUIDANCE)
     patch = _whole(checkpoint, "patch_size", 1)
-    return (drawn.stage(checkpoint, guidance, STEPS[checkpoint.pipeline], multiple=patch),)
+    return (drawn.stage(checkpoint, guidance, STEPS[checkpoint.pipeline], multiple=patch, **parts.UNMASKED_FLOW),)
 
 
 def token_inputs(checkpoint: Checkpoint) -> Mapping[str, Tokens]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from exporter.families import CLIP_TOKENIZERS, Shape, Spec, Tokens, parts
 from runtimes.errors import DexportError
-from runtimes.manifest import Stage, Tensor
+from runtimes.manifest import Stage, Start, Tensor
 
 if TYPE_CHECKING:
     from exporter.checkpoint import Checkpoint
@@ -76,7 +76,10 @@ def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
     """One loop with classifier-free guidance (Ho and Salimans 2022), or with guidance that the UNet knows."""
     scale, steps = DEFAULTS.get(checkpoint.pipeline, OTHERS)
     guidance = parts.guidance(checkpoint.components["unet"].config, scale)
-    return (parts.canvas(checkpoint, shape).stage(checkpoint, guidance, steps, states=parts.STATES),)
+    # Only the latent consistency models' class from image to image tells its scheduler the strength.
+    how = Start("spread" if checkpoint.pipeline == DISTILLED else "floor")
+    drawn = parts.canvas(checkpoint, shape)
+    return (drawn.stage(checkpoint, guidance, steps, states=parts.STATES, image_to_image=how),)
 
 
 def token_inputs(checkpoint: Checkpoint) -> Mapping[str, Tokens]:

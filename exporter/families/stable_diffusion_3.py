@@ -94,7 +94,7 @@ def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
 def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
     """One loop with classifier-free guidance."""
     drawn, patch = parts.canvas(checkpoint, shape), _whole(checkpoint, "patch_size", 2)
-    return (drawn.stage(checkpoint, Guidance("cfg", GUIDANCE), STEPS, multiple=patch, patch=patch),)
+    return (drawn.stage(checkpoint, Guidance("cfg", GUIDANCE), STEPS, multiple=patch, patch=patch, **parts.FLOW),)
 
 
 def token_inputs(checkpoint: Checkpoint) -> Mapping[str, Tokens]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from exporter.families import CLIP_TOKENIZERS, Shape, Spec, Tokens, parts
 from runtimes.errors import DexportError
-from runtimes.manifest import Stage, Tensor
+from runtimes.manifest import Stage, Start, Tensor
 
 if TYPE_CHECKING:
     from exporter.checkpoint import Checkpoint
@@ -29,7 +29,8 @@ COMPONENTS = {
 GUIDANCE, INPAINTING_GUIDANCE = 5.0, 7.5  # diffusers' defaults
 STEPS = 20  # as for Stable Diffusion
 REWORKS = "StableDiffusionXLImg2ImgPipeline"
-STRENGTH = 0.3  # diffusers' default for what only reworks pictures
+STRENGTH = 0.3  # diffusers' default from image to image
+MASKED = 0.9999  # and with a mask: so the start is the image's last noise, and not noise alone
 SCORES = (
     6.0,
     2.5,
@@ -110,6 +111,7 @@ def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
         parts.canvas(checkpoint, shape).stage(
             checkpoint, guidance, STEPS, inputs=sizes, negative=negative if negative != sizes else {},
             states=parts.STATES, strength=STRENGTH if checkpoint.pipeline == REWORKS else None,
+            image_to_image=Start(strength=STRENGTH), inpaint=Start(strength=MASKED),
         ),
     )  # fmt: skip
 

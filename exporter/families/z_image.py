@@ -79,7 +79,12 @@ def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
     """One loop with classifier-free guidance."""
     drawn = parts.canvas(checkpoint, shape)
     guidance = Guidance("cfg", GUIDANCE)
-    return (drawn.stage(checkpoint, guidance, STEPS, multiple=PATCH, patch=PATCH, sigmas="even"),)
+    # ZImageInpaintPipeline, other than those of other flow models, makes all steps if nothing is asked for.
+    return (
+        drawn.stage(
+            checkpoint, guidance, STEPS, multiple=PATCH, patch=PATCH, sigmas="even", **parts.UNMASKED_FLOW
+        ),
+    )  # fmt: skip
 
 
 def token_inputs(checkpoint: Checkpoint) -> Mapping[str, Tokens]:

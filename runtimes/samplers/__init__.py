@@ -90,6 +90,7 @@ def compile_table(
     mu: float | None = None,
     start: float = 0.0,
     end: float = 1.0,
+    strength: float = 1.0,
 ) -> Table:
     """Compile a diffusers scheduler config ("_class_name" included) to a table for ``steps`` steps.
 
@@ -98,8 +99,9 @@ def compile_table(
     one for each step. sigmas: likewise, and one more for the end. mu: the shift of a schedule that depends on the
     resolution. begin: the first step that is made, for a start from an image. start, end: the part of the noise's way
     that is made, for models that share it: the timesteps from 1 - end to 1 - start of those that the model was trained
-    on, as diffusers' denoising_start and denoising_end. Beyond diffusers' options a config may hold "eta" (0 to 1) for
-    DDIM and TCD.
+    on, as diffusers' denoising_start and denoising_end. strength: the part of the noise that all steps lie in, for a
+    start from an image with a sampler that spreads them over it. Beyond diffusers' options a config may hold "eta"
+    (0 to 1) for DDIM and TCD.
     Raises DexportError for an unknown sampler and for an option that is not supported at its value.
     """
     name, overrides = find(scheduler.get("_class_name") if sampler is None else sampler)
@@ -118,7 +120,8 @@ def compile_table(
         raise DexportError(f"there are {len(timesteps)} timesteps for {steps} steps; give one for each step")
     if sigmas is not None and len(sigmas) != steps + 1:
         raise DexportError(f"there are {len(sigmas)} sigmas for {steps} steps; give one for each step and the end's")
-    for what, value in (("timesteps", timesteps), ("sigmas", sigmas), ("mu", mu)):
+    less = None if strength == 1 else strength
+    for what, value in (("timesteps", timesteps), ("sigmas", sigmas), ("mu", mu), ("strength", less)):
         if value is not None and what not in found.takes:
             raise DexportError(f"{name} takes no {what} of your own; leave them out")
     if not 0 <= start < end <= 1:
@@ -129,8 +132,9 @@ def compile_table(
 
         def rows(begin: int) -> tuple[Row, ...]:
             return compile_table(
-                scheduler, steps, sampler=sampler, timesteps=timesteps, sigmas=sigmas, mu=mu, begin=begin
-            ).rows
+                scheduler, steps, sampler=sampler, timesteps=timesteps, sigmas=sigmas, mu=mu, begin=begin,
+                strength=strength,
+            ).rows  # fmt: skip
 
         left = sum(row.t < _cutoff(config, start) for row in rows(0))
         if not left:
@@ -139,7 +143,7 @@ def compile_table(
         begin = max(begin, bisect_right(range(steps), -left, key=lambda step: -len(rows(step))) - 1)
     try:
         with np.errstate(divide="raise", over="raise", invalid="raise"):
-            table = found.solver(config, Ask(steps, timesteps, sigmas, begin, mu))
+            table = found.solver(config, Ask(steps, timesteps, sigmas, begin, mu, strength))
     except (ArithmeticError, ValueError, IndexError) as error:
         raise DexportError(f"{name}: these betas and sigmas give no usable steps ({error})") from error
     if not (math.isfinite(table.init_scale) and all(map(_finite, table.rows))):

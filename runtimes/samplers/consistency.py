@@ -60,16 +60,26 @@ def tcd(config: Config, ask: Ask) -> Table:
 
 
 def distilled(config: Config, ask: Ask) -> list[int]:
-    """Return timesteps out of the ``original_inference_steps`` that the model was distilled on, falling."""
+    """Return timesteps out of the ``original_inference_steps`` that the model was distilled on, falling.
+
+    They lie in the part ``strength`` of those; of a list that is given, that part is made.
+    """
     if ask.timesteps is not None:
-        return [int(t) for t in schedule.given(config, ask.timesteps)]
+        times = [int(t) for t in schedule.given(config, ask.timesteps)]
+        return times[len(times) - int(len(times) * ask.strength) :]
     total, original = config["num_train_timesteps"], config["original_inference_steps"]
     if original > total:
         raise DexportError(f"original_inference_steps must be at most num_train_timesteps, {total}, not {original}")
     if ask.steps > original:
         raise DexportError(f"steps must be at most original_inference_steps, {original}, not {ask.steps}")
-    times = np.arange(original, 0, -1) * (total // original) - 1
-    chosen: list[int] = times[np.linspace(0, original, ask.steps, endpoint=False).astype(np.int64)].tolist()
+    left = int(original * ask.strength)
+    if ask.steps > left:
+        raise DexportError(
+            f"a strength of {ask.strength:g} leaves {left} of the {original} steps that the model was distilled on "
+            f"(original_inference_steps), and {ask.steps} are asked for; raise the strength or take fewer steps"
+        )
+    times = np.arange(left, 0, -1) * (total // original) - 1
+    chosen: list[int] = times[np.linspace(0, left, ask.steps, endpoint=False).astype(np.int64)].tolist()
     return chosen
 
 
@@ -176,8 +186,8 @@ LATENT_CONSISTENCY: Mapping[str, Any] = {
 }
 
 CLASSES: Mapping[str, Sampler] = {
-    "LCMScheduler": Sampler(lcm, LATENT_CONSISTENCY, ("timesteps",)),
-    "TCDScheduler": Sampler(tcd, {**LATENT_CONSISTENCY, "eta": 0.3}, ("timesteps",)),
+    "LCMScheduler": Sampler(lcm, LATENT_CONSISTENCY, ("timesteps", "strength")),
+    "TCDScheduler": Sampler(tcd, {**LATENT_CONSISTENCY, "eta": 0.3}, ("timesteps", "strength")),
     "CMStochasticIterativeScheduler": Sampler(
         consistency,
         {

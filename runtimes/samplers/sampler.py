@@ -28,8 +28,8 @@ class Sampler:
 
     options: each option with its default or, where not every value is supported, ``OneOf``. A class's options that are
     not here (and all of other classes) are ignored, as diffusers' ``from_config`` ignores what a class does not know.
-    takes: which of "timesteps", "sigmas" and "mu" may be given in place of the config's own. counts_down: whether its t
-    falls from num_train_timesteps, so that models can share its way.
+    takes: which of "timesteps", "sigmas", "mu" and "strength" may be given in place of the config's own. counts_down:
+    whether its t falls from num_train_timesteps, so that models can share its way.
     """
 
     solver: Solver

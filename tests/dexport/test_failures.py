@@ -250,7 +250,7 @@ def test_what_a_model_takes_is_said(say: Say, workshop: Workshop, tmp_path: Path
 def test_a_picture_of_too_many_pixels_is_said_to_be_too_large(say: Say, tmp_path: Path) -> None:
     Image.new("1", (20000, 20000)).save(tmp_path / "wide.png")
     words = ("run", tmp_path, "--prompt", "red", "-o", tmp_path / "x.png", "--image", tmp_path / "wide.png")
-    refused(say(*words), "wide.png: the picture is too large; make it smaller")
+    refused(say(*words), "wide.png: the image is too large; make it smaller")
 
 
 def test_a_picture_that_is_too_large_is_said_before_the_work(say: Say, workshop: Workshop, tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def inpainting(folder: Path) -> None:
 
 
 def stable_diffusion_xl(
-    folder: Path, kind: Any, scheduler: Any, *, refiner: bool = False, channels: int = 4,
+    folder: Path, kind: Any, scheduler: Any, *, refiner: bool = False, channels: int = 4, means: bool = True,
     blocks: dict[str, Any] | None = None, **options: Any,
 ) -> None:  # fmt: skip
     """Two tokenizers that fill up with other ids, text encoders of two widths, and latents with a mean each."""
@@ -161,7 +161,7 @@ def stable_diffusion_xl(
     )  # fmt: skip
     normal = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.5, 0.8, 2.0, 1.0]}
     # diffusers' inpainting pipeline leaves the mean out when it encodes, and takes it in when it decodes.
-    vae = kl_autoencoder(2, scaling_factor=0.13025, **({} if channels == 9 else normal))
+    vae = kl_autoencoder(2, scaling_factor=0.13025, **(normal if means and channels == 4 else {}))
     save(
         folder, kind, vae=vae, text_encoder=None if refiner else clip(len(words)), text_encoder_2=wide,
         tokenizer=None if refiner else words, tokenizer_2=words_2, unet=unet, scheduler=scheduler, **options,

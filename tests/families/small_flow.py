@@ -41,13 +41,16 @@ def t5(folder: Path, width: int) -> tuple[Any, Any]:
     return noisy(T5EncoderModel(config)), words
 
 
-def sd_3(folder: Path, *, with_t5: bool = True, kind: Any = diffusers.StableDiffusion3Pipeline, **options: Any) -> None:
+def sd_3(
+    folder: Path, *, with_t5: bool = True, kind: Any = diffusers.StableDiffusion3Pipeline, channels: int = 4,
+    **options: Any,
+) -> None:  # fmt: skip
     """As 3.5 medium: attention twice in the first block, normed queries; latents that are shifted."""
     torch.manual_seed(3)
     words, words_2 = tokenizer(folder, "words"), tokenizer(folder, "words-2", "!")
     encoder, words_3 = t5(folder, 48) if with_t5 else (None, None)
     transformer = diffusers.SD3Transformer2DModel(
-        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+        sample_size=16, patch_size=2, in_channels=channels, out_channels=channels, num_layers=2, attention_head_dim=8,
         num_attention_heads=2, joint_attention_dim=48, caption_projection_dim=16, pooled_projection_dim=24,
         pos_embed_max_size=12, dual_attention_layers=(0,), qk_norm="rms_norm",
     )  # fmt: skip
@@ -56,7 +59,7 @@ def sd_3(folder: Path, *, with_t5: bool = True, kind: Any = diffusers.StableDiff
         text_encoder_2=clip(len(words_2), projected=True, hidden_size=16, projection_dim=16), text_encoder_3=encoder,
         tokenizer=words, tokenizer_2=words_2, tokenizer_3=words_3,
         vae=kl_autoencoder(2, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False,
-                           use_post_quant_conv=False, sample_size=PIXELS),
+                           use_post_quant_conv=False, sample_size=PIXELS, latent_channels=channels),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **options}),
     )  # fmt: skip
 

@@ -14,14 +14,13 @@ import safetensors.numpy
 from PIL import Image
 
 from calibration import islands
-from dexport.console import open_image
 from exporter import hub
 from exporter.compile import compile_graph
 from exporter.families.parts import OLD_ATTENTION
 from runtimes.accuracy import psnr
 from runtimes.backends.tensorrt import flavour
 from runtimes.errors import DexportError
-from runtimes.image import read_settings
+from runtimes.image import open_image, read_settings
 from runtimes.request import Request
 from runtimes.target import Target
 from tests.dexport.conftest import Say

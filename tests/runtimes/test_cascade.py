@@ -17,7 +17,7 @@ from runtimes.errors import DexportError
 from runtimes.loop import noise_source
 from runtimes.manifest import Graph, Guidance, Model, Stage, Tensor, Tokenizer, from_json, to_json
 from runtimes.pipeline import Pipeline
-from runtimes.request import Request
+from runtimes.request import Request, unused
 from tests.tiny import write_words
 
 EULER = {"_class_name": "EulerDiscreteScheduler", "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -161,9 +161,9 @@ def test_what_has_nothing_to_act_on_is_said(tmp_path: Path) -> None:
     made, sessions = pipeline(model(), tmp_path)
     asked = {"guidance_rescale": 0.5, "negative_prompt": "table"}
     left = ["guidance is off: guidance_rescale was left out"]
-    assert made._unused(Request(["red"], **asked)) == []
-    assert made._unused(Request(["red"], guidance=1.0, **asked)) == left
-    off = made._unused(Request(["red"], guidance={"": 1.0, "prior": 1.0}, **asked))
+    assert unused(made.model, Request(["red"], **asked)) == []
+    assert unused(made.model, Request(["red"], guidance=1.0, **asked)) == left
+    off = unused(made.model, Request(["red"], guidance={"": 1.0, "prior": 1.0}, **asked))
     assert off == ["guidance is off: the negative prompt was left out", *left]
     for interval in ((0.0, 0.6), 0.5):
         with pytest.raises(DexportError, match="guidance_interval is the part"):

@@ -104,7 +104,7 @@ def test_one_picture_needs_no_name(opened: Callable[..., Any]) -> None:
         ({"edges": GREY}, "no picture for the hint style"),
         ({"": GREY}, "name the picture of each hint, like edges=picture.png; there are edges, style"),
         ({"edges": GREY, "style": GREY, "pose": GREY}, "there is no hint 'pose'; this model takes edges, style"),
-        ({"edges": "a.png", "style": GREY}, "hint edges: give a picture"),
+        ({"edges": "a.png", "style": GREY}, "hint edges: give an image"),
         ({"edges": Hint(GREY, float("nan")), "style": GREY}, "hint edges: the scale must be a number up to 100"),
         ({"edges": Hint(GREY, 1000.0), "style": GREY}, "hint edges: the scale must be a number up to 100"),
         ({"edges": Hint(GREY, 1, (0.8, 0.2)), "style": GREY}, "hint edges: the interval must be two numbers"),

@@ -13,7 +13,6 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 from PIL import Image
 
-from dexport.console import open_image
 from exporter import checkpoint as checkpoints
 from exporter import gate, hub
 from runtimes.errors import DexportError
@@ -130,23 +129,13 @@ def test_deep_and_turned_pictures_are_read_as_people_see_them() -> None:
     turned = picture.transpose(Image.Transpose.ROTATE_90)
     turned.getexif()[274] = 6  # as a camera notes that it was held on its side
     np.testing.assert_array_equal(to_array(turned, (16, 8)), to_array(picture, (16, 8)))
-    for kind, dtype in (("F", np.float32), ("I", np.int32)):
-        with pytest.raises(DexportError, match=f"mode {kind}, whose white is not known; save it as an 8-bit picture"):
-            to_array(Image.fromarray(np.zeros((8, 8), dtype)), (8, 8))
-
-
-def test_a_16_bit_png_is_grey(tmp_path: Path) -> None:
-    ramp = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
-    Image.fromarray(ramp).save(tmp_path / "grey.png")
-    array = to_array(open_image(tmp_path / "grey.png"), (8, 8))
-    np.testing.assert_allclose(array, np.broadcast_to(ramp / 65535, (1, 3, 8, 8)), atol=0.5 / 255 + 1e-6)
 
 
 def test_what_is_no_picture_is_refused(pipeline: Pipeline, picture: Image.Image) -> None:
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"image": "grey.png"}, "must be a picture"),
+        ({"image": "grey.png"}, "image must be an image"),
         ({"strength": "x"}, "must be a number"),
-        ({"mask": "grey.png"}, "mask must be a picture"),
+        ({"mask": "grey.png"}, "mask must be an image"),
         ({"mask": Image.new("L", (64, 64))}, "black all over"),
         ({"mask": picture, "image": None}, "give --image too"),
     ]

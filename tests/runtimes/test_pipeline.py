@@ -183,7 +183,7 @@ def test_an_overflow_is_an_error_and_no_black_picture(pipeline: Pipeline, denois
         ({"guidance_rescale": None}, "guidance_rescale must be a number, not None"),
         ({"guidance_interval": 0.5}, "two numbers that rise within 0 to 1, not 0.5"),
         ({"guidance": "abc"}, "guidance must be a number from 0 to 1000, or several, not 'abc'"),
-        ({"image": "grey.png"}, "image must be a picture"),
+        ({"image": "grey.png"}, "image must be an image"),
         ({"steps": "4"}, "steps must be a whole number, not '4'"),
         ({"seed": "1"}, "seed must be a whole number, not '1'"),
         ({"images": 1.5}, "images must be a whole number"),
