@@ -114,7 +114,6 @@ def test_what_is_given_beside_a_checkpoint_is_told_its_option(
         ("AudioLDMPipeline", "sound: a bundle has no way out for it yet; docs/families.md lists all"),
         ("WanPipeline", "video beyond AnimateDiff; docs/families.md lists all"),
         ("StableDiffusionFooPipeline", "is not supported; nearest to it: StableDiffusionPipeline, "),
-        ("KandinskyV22PriorPipeline", "(`--prior`); nearest to it: KandinskyV22CombinedPipeline"),
     ],
 )  # fmt: skip
 def test_an_unsupported_pipeline_is_told_why(copy_checkpoint: Copy, kind: str, said: str) -> None:
