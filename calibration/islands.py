@@ -14,7 +14,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from calibration.overflow import MARGIN, Island, PeakObserver, islands, watch_peaks, watched_graph
+from calibration.overflow import LARGEST, MARGIN, Island, PeakObserver, islands, watch_peaks, watched_graph
 from calibration.precision import LIMITS
 from calibration.prompts import few
 from calibration.split import split
@@ -121,4 +121,4 @@ def _kept(graph: ir.Model, peaks: Mapping[str, float]) -> Kept:
 
 
 def _rounded(number: float) -> float:
-    return float(f"{number:.3g}")
+    return float(f"{min(number, LARGEST):.3g}")  # JSON has no infinity

@@ -137,9 +137,16 @@ def _missed(budget: Budget, attempts: list[Attempt], costs: Costs, blocks: int) 
     total = sum(costs.share(name) for name in costs.noise) or 1.0
     free = [name for name in costs.noise if name not in costs.slow]
     costly = sorted(free, key=costs.share, reverse=True)[:3]
+    if blocks > 1:
+        shares = ", ".join(f"{name} {costs.share(name) / total:.0%}" for name in costly)
+        found = (
+            f"with {len(best.blocks)} of {blocks} blocks in floating point (most costly in 8 bits, by their share of "
+            f"the noise: {shares})"
+        )
+    else:  # then there was no choice
+        only = f"but for {free[0]}" if free else "of what 8 bits make faster"
+        found = f"and there is nothing {only} that could be left in floating point"
     return GateError(
-        f"the budget of {budget.psnr:g} dB cannot be met: the best found has {best.quality.median:.2f} dB, with "
-        f"{len(best.blocks)} of {blocks} blocks in floating point (most costly in 8 bits, by their share of the noise: "
-        f"{', '.join(f'{name} {costs.share(name) / total:.0%}' for name in costly)}); this bundle was not written; "
-        "lower the budget, or build in a floating-point precision"
+        f"the budget of {budget.psnr:g} dB cannot be met: the best found has {best.quality.median:.2f} dB, {found}; "
+        "this bundle was not written; lower the budget, or build in a floating-point precision"
     )

@@ -36,16 +36,25 @@ from runtimes.session import Session
 
 Array = NDArray[Any]
 OUTPUT = "peaks"  # the watched graph's further output, float32 [values]
+LARGEST = float(np.finfo(np.float32).max)
 MARGIN = 2.0  # how much higher another prompt, picture or size may reach than those that were measured
 FACTORS = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm", "Gather"})  # no mask is a constant of these
-BOUNDED = frozenset({"Softmax", "LogSoftmax", "Attention"})  # what is masked ends in these
+UNDEFINED = frozenset({"Log", "Reciprocal", "Div", "Pow", "Sqrt"})  # of 0, or by it: infinite or no number
+# What is masked ends in a softmax; what is infinite ends there too, or in a Where: any of the others would make all of
+# its output infinite or no number.
+ENDS = frozenset({
+    "Softmax", "LogSoftmax", "Attention", "Conv", "ConvTranspose", "MatMul", "Gemm", "Einsum", "GroupNormalization",
+    "LayerNormalization", "RMSNormalization", "InstanceNormalization", "ReduceMean", "ReduceSum", "ReduceSumSquare",
+})  # fmt: skip
 
 
 def watch_peaks(model: ir.Model) -> tuple[ir.Model, list[str]]:
     """Add an output with the greatest magnitude of each float value, and return the values' names in its order.
 
     The model is changed in place. Its own outputs stay the same, but for the last bits where a runtime fuses other
-    nodes than before. What is masked does not count (``calibration.precision.MASKED``).
+    nodes than before. What is masked does not count (``calibration.precision.MASKED``), nor what is infinite or no
+    number in float32 already, as log(0) is in T5's table of distances: something selects it away, or the model would
+    give the same.
     """
     if any(output.dtype is None for node in model.graph for output in node.outputs):
         ShapeInferencePass()(model)
@@ -53,9 +62,10 @@ def watch_peaks(model: ir.Model) -> tuple[ir.Model, list[str]]:
     constants = (
         add_constant(graph, "watch_flat", np.array([-1], np.int64)),
         add_constant(graph, "watch_masked", np.float32(MASKED)),
+        add_constant(graph, "watch_largest", np.float32(LARGEST)),
         add_constant(graph, "watch_zero", np.float32(0)),
     )
-    masked = _may_be_masked(graph)
+    partly = _may_be_passed_over(graph)
     found: dict[str, tuple[ir.Value, ir.Value]] = {}  # greatest and least element
     first = next(iter(graph))
     inputs = list(graph.inputs)
@@ -64,7 +74,7 @@ def watch_peaks(model: ir.Model) -> tuple[ir.Model, list[str]]:
         if value.dtype != ir.DataType.FLOAT or empty or not value.name:
             continue
         tape = Tape()
-        found[value.name] = _reduce(tape, value, value in masked, constants)
+        found[value.name] = _reduce(tape, value, value in partly, constants)
         producer = value.producer()
         if producer is None:
             graph.insert_before(first, tape.nodes)
@@ -79,13 +89,17 @@ def watch_peaks(model: ir.Model) -> tuple[ir.Model, list[str]]:
     return model, list(found)
 
 
-def _reduce(tape: Tape, value: ir.Value, masked: bool, constants: Sequence[ir.Value]) -> tuple[ir.Value, ir.Value]:
-    """The greatest and the least element of a value, each [1]; all its other readers are made to wait for them."""
-    flat, mask, zero = constants
+def _reduce(tape: Tape, value: ir.Value, partly: bool, constants: Sequence[ir.Value]) -> tuple[ir.Value, ir.Value]:
+    """The greatest and the least element of a value, each [1]; all its other readers are made to wait for them.
+
+    partly: not all of its elements count.
+    """
+    flat, masked, largest, zero = constants
     uses = list(value.uses())
     counted = value
-    if masked:  # elsewhere this would be time and memory for nothing
-        counted = tape.op("Where", [tape.op("LessOrEqual", [value, mask]), zero, value])
+    if partly:  # elsewhere this would be time and memory for nothing
+        counts = tape.op("And", [tape.op("Greater", [value, masked]), tape.op("LessOrEqual", [value, largest])])
+        counted = tape.op("Where", [counts, value, zero])
     line = tape.op("Reshape", [counted, flat])
     high = tape.op("ReduceMax", [line], {"keepdims": 1})
     low = tape.op("ReduceMin", [line], {"keepdims": 1})
@@ -94,17 +108,22 @@ def _reduce(tape: Tape, value: ir.Value, masked: bool, constants: Sequence[ir.Va
     return high, low
 
 
-def _may_be_masked(graph: ir.Graph) -> set[ir.Value]:
-    """The values that a constant with masked elements reaches."""
+def _may_be_passed_over(graph: ir.Graph) -> set[ir.Value]:
+    """The values with elements that may be masked, infinite or no number, as far as these can reach."""
     constants = [value for value in graph.initializers.values() if value.dtype == ir.DataType.FLOAT]
     constants += [node.outputs[0] for node in graph if node.op_type == "Constant"]
     # A weight of a layer is no mask, and there are gigabytes of them to read.
     reached = {value for value in constants if any(use.node.op_type not in FACTORS for use in value.uses())
                and _least(value) <= MASKED}  # fmt: skip
     for node in graph:
-        if node.op_type not in BOUNDED and any(value in reached for value in node.inputs):
-            reached.update(node.outputs)
+        undefined = node.op_type in UNDEFINED and not (node.op_type == "Div" and _is_constant(node.inputs[1]))
+        if undefined or (node.op_type not in ENDS and any(value in reached for value in node.inputs)):
+            reached.update(value for value in node.outputs if value.dtype == ir.DataType.FLOAT)
     return reached
+
+
+def _is_constant(value: ir.Value | None) -> bool:
+    return value is not None and ir.convenience.get_const_tensor(value) is not None
 
 
 def _least(value: ir.Value) -> float:
@@ -133,8 +152,8 @@ class PeakObserver:
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run the graph, keep its peaks and return its own outputs."""
         outputs = self._inner.run(inputs)
-        peaks = outputs[OUTPUT]
-        self._peaks = peaks if self._peaks is None else np.fmax(self._peaks, peaks)
+        peaks = np.where(np.isnan(outputs[OUTPUT]), np.float32(np.inf), outputs[OUTPUT])
+        self._peaks = peaks if self._peaks is None else np.maximum(self._peaks, peaks)
         return {tensor.name: outputs[tensor.name] for tensor in self._graph.outputs}
 
     def peaks(self) -> dict[str, float]:

@@ -6,7 +6,9 @@ one's back. So a precision is a property of the graph, and this pass is where it
 - Inputs and outputs of the graph stay float32, whatever is inside, so every precision has the same interface.
 - Norms, softmax, reductions, sines and exponentials stay float32 (``HIGH``): they sum many squares or span many
   magnitudes. ``Attention`` takes narrow inputs and is told to do its softmax in float32.
-- What is computed from the timestep alone stays float32: it is small, and every layer depends on it.
+- What is computed from the timestep alone stays float32: it is small, and every layer depends on it. So does what is
+  computed from constants alone, such as angles of positions, which costs nothing at run time; and what ends in whole
+  numbers or comparisons, such as T5's table of distances: a rounded 7.99 would be another row.
 - What the caller names stays float32: the islands where values go beyond fp16 (calibration/overflow.py finds them).
 - ``QuantizeLinear`` takes its input as it comes, in float32 too, and ``DequantizeLinear`` gives what its readers want.
 - Everything else is narrow, where the operator's ONNX schema allows it. An input whose type the schema fixes
@@ -30,7 +32,7 @@ from runtimes.errors import DexportError
 
 NARROW = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 LIMITS = {"fp16": float(np.finfo(np.float16).max), "bf16": float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)}
-MASKED = float(np.finfo(np.float32).min)  # masks say "never" with this instead of minus infinity
+MASKED = float(ml_dtypes.finfo(ml_dtypes.bfloat16).min)  # from here on down, a mask's "never": -inf, or a type's least
 TIMESTEP = "timestep"
 CHUNK = 1 << 22  # elements looked at together, so that memory stays flat
 
@@ -42,6 +44,7 @@ HIGH = frozenset({
 })  # fmt: skip
 TYPED = frozenset({"Cast", "Constant", "ConstantOfShape", "RandomNormal", "RandomUniform", "EyeLike", "Shape", "Size"})
 """Operators whose output type an attribute sets, or none of their inputs."""
+QUANTIZING = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
 
 def cast(model: ir.Model, precision: str, keep: Collection[str] = frozenset()) -> tuple[ir.Model, bool]:
@@ -74,7 +77,7 @@ class _Caster:
         self.opset = model.opset_imports
         self.precision, self.narrow = precision, NARROW[precision]
         self.others: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
-        self.high = from_timestep_alone(self.graph)
+        self.high = from_timestep_alone(self.graph) | _from_constants(self.graph) | _to_whole_numbers(self.graph)
         self.kept = {node for node in self.graph if node.name in keep}
         self.high |= self.kept | {node for node in self.graph if node.op_type in HIGH}
 
@@ -198,6 +201,35 @@ def from_timestep_alone(graph: ir.Graph) -> set[ir.Node]:
     return alone
 
 
+def _from_constants(graph: ir.Graph) -> set[ir.Node]:
+    """The nodes whose value depends on constants alone, but for weights in 8 bits and what is made of them."""
+    constant = set(graph.initializers.values())
+    found: set[ir.Node] = set()
+    for node in graph:
+        if node.op_type not in QUANTIZING and all(value in constant for value in node.inputs if value is not None):
+            constant.update(node.outputs)
+            found.add(node)
+    return found
+
+
+def _to_whole_numbers(graph: ir.Graph) -> set[ir.Node]:
+    """The nodes of floats that nothing reads but what makes whole numbers or truth values of them."""
+    found: set[ir.Node] = set()
+    for node in reversed(list(graph)):
+        read = [use.node for value in node.outputs for use in value.uses()]
+        if not read or any(value.is_graph_output() for value in node.outputs):
+            continue
+        if all(one in found or _makes_no_float(one) for one in read):
+            found.add(node)
+    return found
+
+
+def _makes_no_float(node: ir.Node) -> bool:
+    return node.op_type not in QUANTIZING and not any(
+        value.dtype is None or value.dtype.is_floating_point() for value in node.outputs
+    )
+
+
 def _narrow_tensor(tensor: ir.TensorProtocol, dtype: ir.DataType, name: str, precision: str) -> ir.LazyTensor:
     """A tensor that reads and rounds ``tensor`` each time it is asked for, after a look at its range now."""
     _check_range(tensor, precision)
@@ -205,7 +237,7 @@ def _narrow_tensor(tensor: ir.TensorProtocol, dtype: ir.DataType, name: str, pre
 
     def load() -> ir.TensorProtocol:
         wide = tensor.numpy()
-        value = np.where(wide == MASKED, np.float32(-limit), wide).astype(kind)
+        value = np.where((wide <= MASKED) & np.isfinite(wide), np.float32(-limit), wide).astype(kind)
         del wide  # a view of the mapped file, which holds it open
         release(tensor)
         return ir.Tensor(value, dtype=dtype, name=name)
@@ -235,4 +267,4 @@ def _beyond(flat: NDArray[Any], limit: float) -> Iterator[NDArray[Any]]:
     """The finite elements beyond ``limit``, piece by piece."""
     for start in range(0, flat.size, CHUNK):
         piece = flat[start : start + CHUNK]
-        yield piece[(np.abs(piece) > limit) & np.isfinite(piece) & (piece != MASKED)]
+        yield piece[(np.abs(piece) > limit) & np.isfinite(piece) & (piece > MASKED)]

@@ -1,5 +1,8 @@
 """LoRA merged into a checkpoint's weights: W + scale · alpha / rank · up · down (https://arxiv.org/abs/2106.09685).
 
+A DoRA gives each row of that sum a length of its own, whatever the scale, as PEFT does: Liu et al. (2024),
+https://arxiv.org/abs/2402.09353.
+
 The spellings of the trainers (kohya's sd-scripts, LoCon's convolutions, diffusers of all times, PEFT and others) are
 brought to PEFT's by ``exporter.lora_names``. The sums are made when a weight is read (``exporter.stored.Merged``), so
 an export, the reference and the gate all see the same merged model.
@@ -26,8 +29,7 @@ if TYPE_CHECKING:
     from exporter.checkpoint import Checkpoint
 
 OTHERS = {
-    "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_w": "LoHa", "lokr_w": "LoKr", "oft_": "OFT",
-    "lora_mid": "a LoCon with Tucker decomposition",
+    "hada_w": "LoHa", "lokr_w": "LoKr", "oft_": "OFT", "lora_mid": "a LoCon with Tucker decomposition",
 }  # fmt: skip
 """What is no plain product of two factors, by a part of its tensors' names."""
 SETTINGS = "lora_adapter_metadata"  # the entry in a file's metadata where diffusers keeps PEFT's configuration
@@ -58,11 +60,12 @@ class Lora:
 
 @dataclass(frozen=True)
 class Update:
-    """The two factors for one weight, and alpha / rank."""
+    """The two factors for one weight, alpha / rank, and of a DoRA the lengths of the sum's rows."""
 
     down: Stored
     up: Stored
     scale: float
+    lengths: Stored | None = None
 
 
 def merge(checkpoint: Checkpoint, loras: Iterable[str | Path]) -> Checkpoint:
@@ -112,7 +115,20 @@ def _merged(weight: Stored, update: Update, lora: Lora) -> Merged:
             f"{lora.file}: {update.down.name!r} is {list(down)} and its other factor {list(up)}, where the weight "
             f"{weight.name!r} is {list(weight.shape)}; it is a LoRA for another model"
         )
-    return Merged(weight, update.down, update.up, lora.scale * update.scale)
+    if update.lengths is not None:
+        _check_lengths(lora.file, update.lengths, up[0])
+    return Merged(weight, update.down, update.up, lora.scale * update.scale, update.lengths)
+
+
+def _check_lengths(file: Path, lengths: Stored, rows: int) -> None:
+    """Raise DexportError for lengths of something else than a weight's rows."""
+    shape = lengths.shape
+    if prod(shape) == rows and (len(shape) == 1 or rows in (shape[0], *shape[1:2] * (len(shape) > 2))):
+        return
+    raise DexportError(
+        f"{file}: {lengths.name!r} is {list(shape)}, where the weight has {rows} rows; of DoRA, only lengths of single "
+        "rows are merged, not of columns (LyCORIS without wd_on_output) or of fused layers"
+    )
 
 
 def _read(file: Path, checkpoint: Checkpoint) -> dict[str, Update]:
@@ -123,7 +139,7 @@ def _read(file: Path, checkpoint: Checkpoint) -> dict[str, Update]:
     entries = read_header(file)
     for part, kind in OTHERS.items():
         if found := [name for name in entries if part in name]:
-            raise DexportError(f"{file}: {found[0]!r} is of {kind}; only plain LoRA and LoCon are merged")
+            raise DexportError(f"{file}: {found[0]!r} is of {kind}; only LoRA, LoCon and DoRA are merged")
     for entry in entries.values():
         if entry.dtype not in FLOATS:
             raise DexportError(f"{file}: tensor {entry.name!r} is {entry.dtype}; only float weights are merged")
@@ -140,7 +156,10 @@ def _read(file: Path, checkpoint: Checkpoint) -> dict[str, Update]:
             scale = _scaling(target, max(down.shape[0] if down.shape else 0, 1), settings)
         if not math.isfinite(scale):
             raise DexportError(f"{file}: {target!r} has an alpha that is no usable number")
-        updates[target] = Update(down, up, scale)
+        lengths = factors.lengths.get(down.name)
+        if lengths is not None and up != entries[up.name]:  # a part of it, or its rows in another order
+            raise DexportError(f"{file}: {lengths.name!r} is a DoRA's of a fused layer, which is not merged")
+        updates[target] = Update(down, up, scale, lengths)
     return updates
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")  # as diffusers prefixes names
 FACTOR = re.compile(r"(.*)\.lora_([AB])(?:\.default)?\.weight")
 DOWN = re.compile(r"(.*)\.(?:lora_down|lora_A|lora_A\.default|lora\.down|lora_linear_layer\.down)\.weight")
+# DoRA's length of each row of a weight: kohya's, PEFT's.
+LENGTHS = re.compile(r"(.*)\.(?:dora_scale|lora_magnitude_vector(?:\.default)?(?:\.weight)?)")
 KOHYA = re.compile(r"(.*)\.lora_down\.weight")  # with an alpha beside it
 OWN = re.compile(r"^(?:diffusion_model\.|lora_unet_)")  # before a module of the main model
 # kohya's and ComfyUI's names of text encoders beside a transformer: CLIP, the larger CLIP, T5.
@@ -60,10 +62,13 @@ SHOWN = 120  # characters of what a converter of diffusers says
 
 @dataclass(frozen=True)
 class Factors:
-    """The factors of a file by (target, "A" or "B"), and alpha / rank by the names that "A" has in the file."""
+    """The factors of a file by (target, "A" or "B"); by the names that "A" has in the file alpha / rank, and DoRA's
+    lengths.
+    """
 
     found: Mapping[tuple[str, str], Stored]
     scales: Mapping[str, float]
+    lengths: Mapping[str, Stored]
 
 
 def flat(name: str) -> str:
@@ -81,7 +86,9 @@ def convert(file: Path, entries: Mapping[str, Entry], checkpoint: Checkpoint) ->
     from exporter.handles import handle, stored
     from exporter.trace import quiet
 
-    scales = _scales(file, entries)
+    downs = {match[1]: entry for name, entry in entries.items() if (match := DOWN.fullmatch(name))}
+    scales, lengths = _scales(file, entries, downs), _lengths(file, entries, downs)
+    entries = {name: entry for name, entry in entries.items() if not LENGTHS.fullmatch(name)}
     state: dict[str, Any] = {}
     done: dict[str, Any] = {}  # needs no converter
     for name, entry in entries.items():
@@ -117,14 +124,24 @@ def convert(file: Path, entries: Mapping[str, Entry], checkpoint: Checkpoint) ->
     if strange or not factors:
         what = f"{first_of(sorted(strange))} belongs to no LoRA" if strange else "it holds no LoRA"
         raise DexportError(
-            f"{file}: {what}; only plain LoRA and LoCon, in kohya's, diffusers' or PEFT's names, is merged"
+            f"{file}: {what}; only LoRA, LoCon and DoRA, in kohya's, diffusers' or PEFT's names, are merged"
         )
-    return Factors(factors, scales)
+    return Factors(factors, scales, lengths)
 
 
-def _scales(file: Path, entries: Mapping[str, Entry]) -> dict[str, float]:
+def _lengths(file: Path, entries: Mapping[str, Entry], downs: Mapping[str, Entry]) -> dict[str, Stored]:
+    """DoRA's lengths by the name of the factor that they stand beside."""
+    lengths: dict[str, Stored] = {}
+    for name, entry in entries.items():
+        if match := LENGTHS.fullmatch(name):
+            if match[1] not in downs:
+                raise DexportError(f"{file}: {name!r} stands beside no factors; the file is not whole")
+            lengths[downs[match[1]].name] = entry
+    return lengths
+
+
+def _scales(file: Path, entries: Mapping[str, Entry], downs: Mapping[str, Entry]) -> dict[str, float]:
     """alpha / rank by the name of the factor that an alpha stands beside."""
-    downs = {match[1]: name for name in entries if (match := DOWN.fullmatch(name))}
     scales = {}
     for name, entry in entries.items():
         if not name.endswith(".alpha"):
@@ -132,7 +149,7 @@ def _scales(file: Path, entries: Mapping[str, Entry]) -> dict[str, float]:
         down, values = downs.get(name.removesuffix(".alpha")), entry.load().reshape(-1)
         if down is None or len(values) != 1:
             raise DexportError(f"{file}: {name!r} is no number beside factors; the file is not whole")
-        scales[down] = float(values[0]) / _rank(entries[down])
+        scales[down.name] = float(values[0]) / _rank(down)
     return scales
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
 from calibration import mixed, prompts, quality, recipe
 from calibration.calibrate import calibrate, source
@@ -22,6 +23,7 @@ from calibration.observe import load as load_statistics
 from calibration.quality import Budget
 from calibration.ranges import OBSERVERS
 from calibration.recipe import Done, Recipe
+from calibration.split import split
 from exporter import hub as hubs
 from exporter.tries import Calibrated, Tries
 from runtimes.backends.openvino import HINT
@@ -111,6 +113,7 @@ def check(stages: Sequence[Stage]) -> None:
 
 def prepare(model: Model, hub: Path, settings: Settings, progress: Progress = silent) -> Calibrated:
     """Calibrate, or load the statistics, and draw the pictures that the quantized model is judged by."""
+    _check_layers(model, hub)
     statistics = _statistics(model, hub, settings, lambda what, share: progress(what, share * 0.7))
     kept = settings.split(model)[1]
     judged = quality.draw_float(model, hub, kept, lambda what, share: progress(f"float {what}", 0.7 + share * 0.3))
@@ -159,9 +162,21 @@ def calibrate_hub(
     model = hubs.load(Path(hub_folder))
     check(model.stages)
     settings.check_for(model.stages)
+    _check_layers(model, Path(hub_folder))
     statistics = calibrate(model, Path(hub_folder), settings.split(model)[0], steps=steps, progress=progress)
     statistics.save(output)
     return statistics
+
+
+def _check_layers(model: Model, hub: Path) -> None:
+    """Raise DexportError for a denoiser of which nothing can be in 8 bits."""
+    layers, left = recipe.candidates(split(ir.load(hub / model.graphs[model.stages[0].denoiser].file))[0])
+    if not layers:
+        why = f" ({'; '.join(sorted(set(left.values())))})" if left else ""
+        raise DexportError(
+            f"this model's denoiser has no layer for 8 bits: all that multiplies stays in floating point{why}; take "
+            "fp32, bf16 or fp16"
+        )
 
 
 def _statistics(model: Model, hub: Path, settings: Settings, progress: Progress) -> Statistics:

@@ -82,13 +82,15 @@ def view(base: Entry, shape: tuple[int, ...], strides: tuple[int, ...], offset: 
 class Merged(_Made):
     """A weight W with a low-rank update: W + scale · up · down, in fp32.
 
-    ``down`` is [rank, ...] and ``up`` [out, rank, 1...]; W is [out, ...], a matrix or a convolution's kernel.
+    ``down`` is [rank, ...] and ``up`` [out, rank, 1...]; W is [out, ...], a matrix or a convolution's kernel. With
+    ``lengths`` of ``out`` elements each row of the sum, over all its other axes, is brought to its length.
     """
 
     base: Stored
     down: Stored
     up: Stored
     scale: float
+    lengths: Stored | None = None
 
     @property
     def dtype(self) -> str:
@@ -111,11 +113,16 @@ class Merged(_Made):
         down = self.down.load().astype(np.float32, copy=False).reshape(self.down.shape[0], -1)
         up = self.up.load().astype(np.float32, copy=False).reshape(-1, self.down.shape[0])
         values += ((np.float32(self.scale) * up) @ down).reshape(values.shape)
+        if self.lengths is not None:
+            rows = values.reshape(len(values), -1)
+            wanted = self.lengths.load().astype(np.float32, copy=False).reshape(-1)
+            norm = np.linalg.norm(rows, axis=1)
+            rows *= (wanted / np.where(norm > 0, norm, 1))[:, None]  # a row of zeros has no length to change
         return values
 
     def finite(self) -> bool:
-        """Whether neither W nor the update's factors have NaN or infinity."""
-        return all(part.finite() for part in (self.base, self.down, self.up))
+        """Whether neither W nor what is merged has NaN or infinity."""
+        return all(part.finite() for part in (self.base, self.down, self.up, self.lengths) if part is not None)
 
 
 @dataclass(frozen=True)

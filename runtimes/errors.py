@@ -31,5 +31,18 @@ class GateError(DexportError):
     exit_code = 1
 
 
+class BackendError(DexportError):
+    """A runtime fails on a graph that dexport made (exit code 70): a bug of one of the two, and no wrong input."""
+
+    exit_code = 70
+
+    @classmethod
+    def of(cls, what: str, cause: str) -> DexportError:
+        """The error that says what failed and why; want of memory is no bug, and exits like other wrong use."""
+        if any(word in cause.lower() for word in ("alloc", "out of memory")):
+            return DexportError(f"{what}: {cause}; ask for less at once, or take a machine with more memory")
+        return cls(f"{what}: {cause}; this is a bug, please report it; another precision or target may do meanwhile")
+
+
 class IntegrityError(DexportError):
     """Bytes on disk are not what their manifest says (exit code 2)."""

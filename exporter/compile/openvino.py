@@ -46,6 +46,7 @@ DYNAMIC = ("cpu",)  # linear layers of narrow weights round activations themselv
 SCORES = ("cpu",)  # not run on GPU and NPU
 TIMESTEP = "timestep"
 EXACT = {"name": "DisablePrecisionConversion", "version": "0", "value": "dynamic:f16"}  # as OpenVINO itself writes it
+LEAST = float(np.finfo(np.float32).min)
 SIGNIFICANT = ("MatMul", "Convolution")  # what the lower precision is for; the timestep's sines end before
 HINTS = {
     # No CPU of today computes in f16 faster than in f32.
@@ -165,6 +166,8 @@ def _write(
 ) -> None:  # fmt: skip
     _reshape_timestep(ov, model)
     _split_first(ov, model)
+    if precision == "int8":
+        _hold_scales(ov, model)
     _name_by_place(model)
     kept = _between(model, islands)
     progress(f"{graph.kind}: writing the IR", 0.5)
@@ -233,6 +236,27 @@ def _split_first(ov: Any, model: Any) -> None:
         split = ov.opset13.split(before.input_value(0), axis.output(0), operation.get_output_size())
         for index, output in enumerate(operation.outputs()):
             output.replace(ov.opset13.unsqueeze(split.output(index), added.output(0)).output(0))
+
+
+def _hold_scales(ov: Any, model: Any) -> None:
+    """Put a maximum with the least float32, which changes nothing, before what only appends axes of size 1.
+
+    OpenVINO moves the scales of a quantized layer's channels, [1, 1, C], behind a Reshape. Where that makes
+    [B, T, C, 1] of [B, T, C], as with attention heads of one channel, 2026.4.1 takes them for those of the axis T and
+    does not compile. It moves nothing behind a maximum.
+    """
+    for operation in model.get_ordered_ops():
+        if operation.get_type_name() not in ("Reshape", "Unsqueeze"):
+            continue
+        before, after = operation.input_value(0), operation.output(0)
+        shapes = [value.get_partial_shape() for value in (before, after)]
+        if any(shape.rank.is_dynamic for shape in shapes) or before.get_element_type() != ov.Type.f32:
+            continue
+        old, new = ([-1 if size.is_dynamic else size.get_length() for size in shape] for shape in shapes)
+        added = len(new) - len(old)
+        if len(old) > 2 and added > 0 and new[-added - 1 :] == [old[-1], *[1] * added]:
+            least = ov.opset13.constant(LEAST, ov.Type.f32)
+            operation.input(0).replace_source_output(ov.opset13.maximum(before, least).output(0))
 
 
 def _keep_exact(file: Path, kept: Collection[str]) -> None:

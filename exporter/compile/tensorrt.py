@@ -18,7 +18,7 @@ from calibration.precision import cast
 from runtimes import cuda
 from runtimes.backends.tensorrt import flavour, has_fp8, make_logger, missing
 from runtimes.backends.tensorrt import precisions as gpu_precisions
-from runtimes.errors import DexportError, Progress
+from runtimes.errors import BackendError, DexportError, Progress
 from runtimes.manifest import Graph
 from runtimes.target import Target
 
@@ -74,7 +74,7 @@ def build(
     with tempfile.TemporaryDirectory(prefix=".cast-", dir=output.parent) as folder:
         file = _write_cast(source, Path(folder), precision, islands)
         if not parser.parse_from_file(str(file)):
-            raise DexportError(f"{graph.kind}: TensorRT cannot read this graph: {_parse_error(parser, logger)}")
+            raise BackendError.of(f"{graph.kind}: TensorRT cannot read this graph", _parse_error(parser, logger))
     _let_attention_decompose(trt, network)
     config = builder.create_builder_config()
     _configure(trt, config, target)
@@ -82,7 +82,7 @@ def build(
     progress(f"{graph.kind}: building the engine", 0.2)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        raise DexportError(f"{graph.kind}: TensorRT cannot build an engine for {target}: {logger.cause()}")
+        raise BackendError.of(f"{graph.kind}: TensorRT cannot build an engine for {target}", logger.cause())
     with (output / "model.engine").open("wb") as stream:
         stream.write(engine)
     properties = {

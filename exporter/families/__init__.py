@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from exporter.families import refused
 from runtimes.errors import DexportError
 from runtimes.manifest import Kind, Stage, Tensor
 
@@ -165,11 +166,15 @@ def schedulers(family: Family) -> tuple[str, ...]:
 
 
 def find(pipeline: str) -> Family:
-    """Return the family of a pipeline class; DexportError names the nearest of those that are supported."""
+    """Return the family of a pipeline class; DexportError says why another is not supported, and which may do."""
     if pipeline not in PIPELINES:
-        near = nearest(pipeline)
+        reason = refused.reason(pipeline)
+        near = nearest(pipeline) if reason.others_help else []
         advice = f"; nearest to it: {', '.join(near)}" if near else ""
-        raise DexportError(f"the pipeline class {pipeline:.80} is not supported{advice}; docs/families.md lists all")
+        why = "" if reason is refused.YET else f": {reason.why}"
+        raise DexportError(
+            f"the pipeline class {pipeline:.80} is not supported{why}{advice}; docs/families.md lists all"
+        )
     module: Any = importlib.import_module(f"exporter.families.{PIPELINES[pipeline]}")
     return module  # type: ignore[no-any-return]
 

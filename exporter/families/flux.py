@@ -120,6 +120,8 @@ def _check(checkpoint: Checkpoint, drawn: parts.Canvas, shape: Shape) -> None:
     """Raise DexportError for components that do not fit together."""
     parts.check_patches(shape, drawn.factor * PATCH, drawn.factor * PATCH * patches.SIDE)
     parts.check_transformer(checkpoint.components["transformer"].config, drawn.channels, PATCH)
+    config = checkpoint.components["transformer"].config
+    parts.check_axes(config, "axes_dims_rope", AXES, _whole(checkpoint, "attention_head_dim", 128))
     if _whole(checkpoint, "patch_size", 1) != 1:
         raise DexportError("transformer/config.json: patch_size is not 1; Flux's latents are packed before")
     first, second = (checkpoint.components[name].config for name in ("text_encoder", "text_encoder_2"))

@@ -26,6 +26,7 @@ COMPONENTS = {
 }
 LENGTH = 256  # tokens of a prompt
 GUIDANCE, STEPS = 4.0, 30  # diffusers' defaults
+AXES = (32, 32, 32)  # Lumina2Transformer2DModel's default: channels of a head for places in the text, rows and columns
 TIMES = 1000  # default of the schedulers' num_train_timesteps
 # What the text encoder reads before a prompt, word for word as diffusers' pipeline has it; before a negative prompt
 # there is nothing.
@@ -130,6 +131,8 @@ def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
     config, drawn = checkpoint.components["transformer"].config, parts.canvas(checkpoint, shape)
     _check_places(checkpoint, shape, drawn.factor)
     parts.check_transformer(config, drawn.channels)
+    head = _whole(checkpoint, "hidden_size", 2304) // _whole(checkpoint, "num_attention_heads", 24)
+    parts.check_axes(config, "axes_dim_rope", AXES, head)
     times = parts.number("scheduler", checkpoint.scheduler, "num_train_timesteps", TIMES)
 
     def denoiser(modules: Any, sample: Any, timestep: Any, *known: Any) -> Any:

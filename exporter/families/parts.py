@@ -254,6 +254,17 @@ def check_width(checkpoint: Checkpoint, name: str, default: int, given: int) -> 
         raise DexportError(f"transformer/config.json: {name}={width} where the text encoders give {given}")
 
 
+def check_axes(config: Config, name: str, default: Sequence[int], head: int) -> None:
+    """Raise DexportError unless the channels of a head that turn by each axis are even and make the whole head."""
+    value = config.get(name) or list(default)
+    whole_ = isinstance(value, list | tuple) and len(value) == len(default) and all(type(n) is int for n in value)
+    if not whole_ or any(n < 2 or n % 2 for n in value) or sum(value) != head:
+        raise DexportError(
+            f"transformer/config.json: {name}={value!r:.60} must be {len(default)} even numbers from 2 that make the "
+            f"{head} channels of a head"
+        )
+
+
 def check_patches(shape: Shape, multiple: int, most: int) -> None:
     """Raise DexportError for a picture without whole tokens, or larger than ``most``; both in pixels."""
     if shape.height % multiple or shape.width % multiple:

@@ -145,6 +145,8 @@ def _check(checkpoint: Checkpoint, drawn: parts.Canvas, shape: Shape) -> int:
             raise DexportError(
                 f"transformer/config.json: {option} is for models that are shown pictures; not supported"
             )
+    head = parts.whole("transformer", config, "attention_head_dim", 128)
+    parts.check_axes(config, "axes_dims_rope", AXES, head)
     if parts.whole("transformer", config, "patch_size", PATCH) != PATCH:
         raise DexportError("transformer/config.json: patch_size must be 2, as QwenImagePipeline packs latents")
     taken = parts.whole("transformer", config, "in_channels", 64)

@@ -111,6 +111,11 @@ def _largest(checkpoint: Checkpoint) -> int:
     lengths = checkpoint.components["transformer"].config.get("axes_lens") or LENGTHS
     if not isinstance(lengths, list | tuple) or len(lengths) != 3 or not all(type(n) is int and n > 0 for n in lengths):
         raise DexportError(f"transformer/config.json: axes_lens={lengths!r:.60} must be three whole numbers from 1")
+    if lengths[0] < LENGTH + 2:  # the text's places count from 1, and the picture stands behind it
+        raise DexportError(
+            f"transformer/config.json: axes_lens={lengths!r:.60} must begin with {LENGTH + 2} or more: so many places "
+            f"have the {LENGTH} tokens of a prompt and the picture behind them"
+        )
     return parts.pixels_per_latent(checkpoint) * PATCH * min(lengths[1:])
 
 
@@ -119,6 +124,8 @@ def _check(checkpoint: Checkpoint, drawn: parts.Canvas, shape: Shape) -> int:
     config = checkpoint.components["transformer"].config
     parts.check_patches(shape, drawn.factor * PATCH, _largest(checkpoint))
     parts.check_transformer(config, drawn.channels)
+    width, heads = (parts.whole("transformer", config, *one) for one in (("dim", 3840), ("n_heads", 30)))
+    parts.check_axes(config, "axes_dims", AXES, width // heads)
     patches_ = (config.get("all_patch_size") or [PATCH], config.get("all_f_patch_size") or [1])
     if PATCH not in patches_[0] or 1 not in patches_[1]:
         raise DexportError(f"transformer/config.json: all_patch_size={patches_[0]!r:.60} has no patches of {PATCH}")

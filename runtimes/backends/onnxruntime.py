@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.errors import DexportError
+from runtimes.errors import BackendError, DexportError
 from runtimes.manifest import Graph
 from runtimes.session import Array, Device, check_inputs
 from runtimes.target import DEVICES
@@ -86,7 +86,7 @@ class OnnxRuntimeSession:
         try:
             outputs = self._session.run(self._outputs, feed)
         except Exception as error:  # as above
-            raise DexportError(f"{self._graph.kind}: ONNX Runtime failed: {_first_line(error)}") from error
+            raise BackendError.of(f"{self._graph.kind}: ONNX Runtime failed", _first_line(error)) from error
         # Copies: the runtime's own arrays lie in the session's memory, and would keep all of it while they live.
         return {name: np.array(output) for name, output in zip(self._outputs, outputs, strict=True)}
 

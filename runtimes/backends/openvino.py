@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.errors import DexportError
+from runtimes.errors import BackendError, DexportError
 from runtimes.manifest import Graph
 from runtimes.session import Array, Device, check_inputs
 
@@ -117,7 +117,7 @@ class OpenVinoSession:
         try:
             request.infer({name: np.ascontiguousarray(value) for name, value in inputs.items()}, share_inputs=True)
         except RuntimeError as error:
-            raise DexportError(f"{self._graph.kind}: OpenVINO failed: {_cause(error)}") from error
+            raise BackendError.of(f"{self._graph.kind}: OpenVINO failed", _cause(error)) from error
         # A copy, since the next call writes over the request's memory.
         return {tensor.name: np.array(request.get_tensor(tensor.name).data) for tensor in self._graph.outputs}
 
@@ -133,7 +133,7 @@ class OpenVinoSession:
             model.reshape({name: list(shape) for name, shape in shapes.items()})
             compiled = self._core.compile_model(model, self._device, self._properties)
         except RuntimeError as error:
-            raise DexportError(f"{self._graph.kind}: OpenVINO cannot compile it: {_cause(error)}") from error
+            raise BackendError.of(f"{self._graph.kind}: OpenVINO cannot compile it", _cause(error)) from error
         self.precision = str(compiled.get_property(HINT).get_type_name())
         if WIDTH[self.precision] < WIDTH[self._properties[HINT]]:
             raise DexportError(

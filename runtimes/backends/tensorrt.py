@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from runtimes import cuda
-from runtimes.errors import DexportError
+from runtimes.errors import BackendError, DexportError
 from runtimes.manifest import Graph
 from runtimes.session import Array, Device, check_inputs
 
@@ -134,7 +134,7 @@ class TensorRtSession:
         for name, value in inputs.items():
             self._buffers[name].upload(value, self._stream)
         if not self._context.execute_async_v3(self._stream.handle.value):
-            raise DexportError(f"{self._graph.kind}: TensorRT failed: {self._logger.cause()}")
+            raise BackendError.of(f"{self._graph.kind}: TensorRT failed", self._logger.cause())
         arrays = {
             tensor.name: self._buffers[tensor.name].download(
                 tuple(self._context.get_tensor_shape(tensor.name)), tensor.dtype, self._stream

@@ -193,6 +193,51 @@ def test_masks_are_no_overflow(tmp_path: Path) -> None:
     assert islands(parsed(body), peaks) == (frozenset(), [])
 
 
+@pytest.mark.parametrize(
+    ("made", "least"),
+    [
+        ("[log] b = Log(a)", 0.0),  # of 0 and of what is negative
+        ("[part] b = Reciprocal(a)", 0.0),
+        ("[part] b = Div(one, a)", 0.0),
+        ("[part] b = Pow(a, minus)", 0.0),
+        ("[mask] b = Add(a, never)", float("-inf")),
+        ("[first] c = Add(a, never) [second] b = Add(c, never)", MASKED),  # together minus infinity
+        ("[mask] b = Add(a, never)", float(np.finfo(np.float32).min)),
+    ],
+)
+def test_what_float32_itself_has_no_number_for_is_no_overflow(tmp_path: Path, made: str, least: float) -> None:
+    body = f"""<float zero = {{0}}, float one = {{1}}, float minus = {{-1}}, float[4] never = {{0, 0, 0, 0}}> {{
+        [bound] a = Relu(x)
+        {made}
+        [choice] chosen = Greater(a, zero)
+        [select] c2 = Where(chosen, b, a)
+        [end] y = Add(c2, one)
+    }}"""
+
+    def model() -> ir.Model:
+        with_mask = parsed(body)
+        never = np.array([0, 0, 0, least], np.float32)
+        with_mask.graph.initializers["never"].const_value = ir.tensor(never, name="never")
+        return with_mask
+
+    found = peaks_of(model(), tmp_path, X)
+    assert found["b"] > 0 and max(found.values()) < 1e3
+    assert islands(model(), found) == (frozenset(), [])
+
+
+def test_what_is_larger_than_fp16_beside_an_infinity_is_an_island(tmp_path: Path) -> None:
+    body = """<float zero = {0}, float many = {200000}> {
+        [bound] a = Relu(x)
+        [up] b = Div(many, a)
+        [choice] chosen = Greater(a, zero)
+        [select] c = Where(chosen, b, a)
+        [down] y = Div(c, many)
+    }"""
+    found = peaks_of(parsed(body), tmp_path, X)
+    assert found["b"] == pytest.approx(2e5 / X[X > 0].min(), rel=1e-6)
+    assert islands(parsed(body), found)[0] == {"up", "select", "down"}
+
+
 def test_what_does_not_belong_together_is_said() -> None:
     with pytest.raises(DexportError, match="the peak of 'z' is of another graph"):
         islands(parsed(TWICE), {"z": 1.0})

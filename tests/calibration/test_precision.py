@@ -29,7 +29,8 @@ def test_close_to_torch(name: str, precision: str, tmp_path: Path) -> None:
     ir.save(model, file, external_data="model.onnx.data")
     onnx.checker.check_model(file, full_check=True)
     inputs = sample.inputs(2, 3)
-    (found,) = ReferenceEvaluator(str(file)).run(None, inputs)
+    with np.errstate(divide="ignore", invalid="ignore"):  # T5 takes the logarithm of a distance of 0, and leaves it out
+        (found,) = ReferenceEvaluator(str(file)).run(None, inputs)
     assert found.dtype == np.float32
     error = relative(found, sample.expected(inputs))
     assert 1e-5 < error < BANDS[precision], "an error below that of fp32 would mean that nothing was narrowed"

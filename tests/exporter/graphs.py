@@ -101,6 +101,25 @@ class Text(torch.nn.Module):
         return self.model(tokens, return_dict=False)[0]
 
 
+class Distances(torch.nn.Module):
+    """T5's encoder, and a mask of the tokens that fill up, which are those of id 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import T5Config, T5EncoderModel
+
+        self.model = T5EncoderModel(
+            T5Config(
+                vocab_size=99, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
+            )
+        )
+        with torch.no_grad():  # so that a distance in the next row of the table makes a difference
+            self.model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.normal_(0, 3)
+
+    def forward(self, tokens: Any) -> Any:
+        return self.model(tokens, attention_mask=(tokens != 0).float(), return_dict=False)[0]
+
+
 @functools.cache
 def denoiser() -> Sample:
     """A UNet2DConditionModel with 32 and 64 channels on 8x8 latents, 5 conditioning tokens of width 32."""
@@ -136,7 +155,19 @@ def text() -> Sample:
     return _export("text", Text, inputs, "encoder_hidden_states")
 
 
-SAMPLES = {"text": text, "denoiser": denoiser, "decoder": decoder}
+@functools.cache
+def distances() -> Sample:
+    """A T5 encoder, two layers of width 32, of 300 tokens: too many for the table of their distances to be folded."""
+
+    def inputs(batch: int, seed: int) -> dict[str, Array]:
+        tokens = np.random.default_rng(seed).integers(1, 99, (batch, 300), np.int64)
+        tokens[:, 250:] = 0
+        return {"tokens": tokens}
+
+    return _export("text", Distances, inputs, "encoder_hidden_states")
+
+
+SAMPLES = {"text": text, "distances": distances, "denoiser": denoiser, "decoder": decoder}
 """Each is exported at its first call, and once in a run of the tests."""
 
 
@@ -169,7 +200,7 @@ def _export(
             dynamic_shapes=[{0: batch} for _ in example],
             verbose=False,
         )
-    source = _folder() / kind / "model.onnx"
+    source = _folder() / make.__name__ / "model.onnx"
     source.parent.mkdir(parents=True)
     assert program is not None
     program.save(source, external_data=True)

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import CLIPTextModel
 
 from exporter import checkpoint, families, reference
+from exporter.families.refused import YET, reason
 from exporter.inspect import inspect
 from runtimes.errors import DexportError
 
@@ -106,18 +107,31 @@ def test_what_is_given_beside_a_checkpoint_is_told_its_option(
 
 
 @pytest.mark.parametrize(
-    ("kind", "near"),
+    ("kind", "said"),
     [
-        ("StableDiffusionPAGPipeline", "nearest to it: StableDiffusionPipeline, "),
-        ("AudioLDMPipeline", "nearest to it: LDMPipeline"),
-        ("WanPipeline", "is not supported; docs/families.md lists all"),
+        ("StableDiffusionPAGPipeline", "over parts of a picture; the same checkpoint is exported as the plain class, "
+         "where that is; nearest to it: StableDiffusionPipeline, "),
+        ("AudioLDMPipeline", "sound: a bundle has no way out for it yet; docs/families.md lists all"),
+        ("WanPipeline", "video beyond AnimateDiff; docs/families.md lists all"),
+        ("StableDiffusionFooPipeline", "is not supported; nearest to it: StableDiffusionPipeline, "),
     ],
-)
-def test_an_unsupported_pipeline_is_told_the_nearest(copy_checkpoint: Copy, kind: str, near: str) -> None:
+)  # fmt: skip
+def test_an_unsupported_pipeline_is_told_why(copy_checkpoint: Copy, kind: str, said: str) -> None:
     folder = copy_checkpoint()
     edit(folder / "model_index.json", _class_name=kind)
     message = refusal(folder)
-    assert f"the pipeline class {kind} is not supported" in message and near in message
+    assert f"the pipeline class {kind} is not supported" in message and said in message
+
+
+def test_every_refused_class_of_diffusers_is_told_its_reason() -> None:
+    for name in (name for name in dir(diffusers) if name.endswith("Pipeline")):
+        if name in families.PIPELINES or name in families.SAME:
+            continue
+        why = reason(name)
+        with pytest.raises(DexportError) as caught:
+            families.find(name)
+        assert why is YET or why.why in str(caught.value)
+        assert ("nearest to it" in str(caught.value)) <= why.others_help
 
 
 def test_a_class_with_the_parts_of_another_is_taken_as_that(copy_checkpoint: Copy) -> None:

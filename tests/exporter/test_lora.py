@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
 from exporter import checkpoint, reference
@@ -143,6 +143,36 @@ def test_every_weight_is_the_closed_form(form: str, tiny_sd: Path, tmp_path: Pat
     assert not added
 
 
+DORA = {
+    "kohya": ("kohya", "dora_scale", lambda rows: (rows, 1)),
+    "PEFT": ("PEFT", "lora_magnitude_vector", lambda rows: (rows,)),
+    "PEFT for convolutions": ("PEFT", "lora_magnitude_vector.weight", lambda rows: (1, rows, 1, 1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", DORA)
+def test_dora_is_the_closed_form(form: str, tiny_sd: Path, tmp_path: Path, modules: Any) -> None:
+    """m (W + s·B·A) / ‖W + s·B·A‖, the norm over all axes but the first: Liu et al. (2024), equation 5."""
+    plain, word, shape = DORA[form]
+    name_of, groups, _ = FORMS[plain]
+    file = tmp_path / "style.safetensors"
+    added = write(file, plain, modules)
+    tensors, expected = load_file(file), {}
+    for component, module in [(c, m) for group in groups for c, names in group.items() for m in names]:
+        weight = modules[component].get_submodule(module).weight
+        lengths = torch.rand(len(weight)) + 0.5
+        stem = name_of(component, module)[0].removesuffix(".weight").rpartition(".")[0]
+        tensors[f"{stem}.{word}"] = lengths.reshape(shape(len(lengths)))
+        total = weight.detach() + SCALE * added[f"{component}.{module}.weight"]
+        norm = total.flatten(1).norm(dim=1)
+        expected[component, f"{module}.weight"] = total * (lengths / norm).reshape(-1, *[1] * (total.ndim - 1))
+    save_file(tensors, file)
+    read = checkpoint.read(tiny_sd, loras=[f"{file}:{SCALE}"])
+    for (component, name), weight in expected.items():
+        entries = {read.family.rename(component, key): one for key, one in read.components[component].entries.items()}
+        torch.testing.assert_close(torch.from_numpy(entries[name].load()), weight, rtol=1e-5, atol=1e-6)
+
+
 XL = {
     "kohya": ("lora_te{}_text_model_encoder_layers_0_self_attn_q_proj.lora_{}.weight", ("down", "up"), (1, 2)),
     "PEFT": (
@@ -194,8 +224,10 @@ def test_the_reference_is_merged_and_adapters_add_up(tiny_sd: Path, tmp_path: Pa
         ({"lora_unet_no.lora_down.weight": (3, 8), "lora_unet_no.lora_up.weight": (8, 3)}, "no weight for 'unet.no'"),
         ({"unet.conv_in.lora_A.weight": (3, 8), "unet.conv_in.lora_B.weight": (8, 3)}, "'conv_in.weight' is [32, 4, "),
         ({"unet.conv_in.lora_A.weight": (3, 4, 3, 3)}, "'unet.conv_in' has only one of its two factors"),
-        ({"lora_unet_conv_in.hada_w1_a": (3, 4)}, "is of LoHa; only plain LoRA"),
-        ({"lora_unet_conv_in.dora_scale": (3,)}, "is of DoRA"),
+        ({"lora_unet_conv_in.hada_w1_a": (3, 4)}, "is of LoHa; only LoRA"),
+        ({"lora_unet_conv_in.dora_scale": (3,)}, "'lora_unet_conv_in.dora_scale' stands beside no factors"),
+        ({"unet.conv_in.lora_A.weight": (3, 4, 3, 3), "unet.conv_in.lora_B.weight": (32, 3, 1, 1),
+          "unet.conv_in.dora_scale": (1, 4, 1, 1)}, "is [1, 4, 1, 1], where the weight has 32 rows; of DoRA, only"),
         ({"lora_unet_conv_in.lora_down.weight": (3, 4)}, "not a LoRA that can be read"),
         ({"unet.conv_in.diff_b": (3,)}, "'unet.conv_in.diff_b' belongs to no LoRA"),
         ({"model.diffusion_model.input_blocks.0.0.weight": (3, 4)}, "belongs to no LoRA"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import combinations
@@ -280,6 +281,39 @@ def test_the_search_finds_the_fastest_assignment() -> None:
     assert quick.chosen.keep == frozenset() and quick.costs is None and len(quick.attempts) == 1
     with pytest.raises(GateError, match=r"best found has 36.00 dB, with 3 of 4 blocks .*noise: b 53%, d 27%, c 13%"):
         Attempts("abcd").search(41.0)
+
+
+@pytest.mark.parametrize(
+    ("names", "slow", "said"),
+    [
+        ("a", (), "has 39.00 dB, and there is nothing but for a that could be left in floating point; this bundle"),
+        ("", (), "has 40.00 dB, and there is nothing of what 8 bits make faster that could be left"),
+        ("s", ("s",), "has 38.50 dB, and there is nothing of what 8 bits make faster that could be left"),
+        ("as", ("s",), "has 39.00 dB, and there is nothing but for a that could be left"),
+    ],
+)
+def test_where_there_is_nothing_to_keep_the_line_says_so(names: str, slow: tuple[str, ...], said: str) -> None:
+    with pytest.raises(GateError, match=said):
+        Attempts(names).search(50.0, *slow)
+
+
+def test_a_denoiser_without_a_layer_for_8_bits_is_refused_before_it_is_calibrated(
+    made: tuple[Model, Path, Path], tmp_path: Path
+) -> None:
+    """Of the first and the last layer alone, which stay in floating point."""
+    model, folder, _ = made
+    copy = Path(shutil.copytree(folder, tmp_path / "hub"))
+    file = copy / model.graphs[GRAPH].file
+    graph = ir.load(file)
+    layers = recipe.candidates(graph)[0]
+    for layer in layers:  # a product of activations, as far as can be seen
+        layer.node.op_type = "Einsum"
+    ir.save(graph, file.with_name("other.onnx"))
+    file.unlink()
+    file.with_name("other.onnx").rename(file)
+    with pytest.raises(DexportError, match=r"has no layer for 8 bits: .* take fp32, bf16 or fp16"):
+        quantized.calibrate_hub(copy, tmp_path / "statistics")
+    assert not (tmp_path / "statistics").exists()
 
 
 def test_what_is_no_faster_is_kept_from_the_first_try_on() -> None:

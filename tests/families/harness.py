@@ -23,6 +23,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from numpy.typing import NDArray
 from PIL import Image
 
+from calibration import islands
 from exporter import compile as compilers
 from exporter import hub
 from exporter.build import build
@@ -72,15 +73,17 @@ def prove(made: Built) -> dict[str, Any]:
     return found
 
 
-def build_engines(made: Built, folder: Path, *more: str) -> None:
-    """TensorRT compiles the denoisers of a hub, and ``more`` of its graphs, for a generation of GPUs."""
+def build_engines(made: Built, folder: Path) -> None:
+    """TensorRT compiles every graph of a hub in fp16 for a generation of GPUs, with its islands."""
     if backend("tensorrt").version() is None:
         pytest.skip("TensorRT is not installed")
     model = hub.load(made.hub)
-    for name in (*(stage.denoiser for stage in model.stages), *more):
+    found = islands.find(model, made.hub)
+    json.dumps(found.report(), allow_nan=False)  # as a manifest holds it
+    for name, graph in model.graphs.items():
         (folder / name).mkdir()
-        graph, target = model.graphs[name], Target.parse("tensorrt:sm89")
-        built = compilers.compile_graph(made.hub / graph.file, graph, folder / name, target, "fp32")
+        source, target = made.hub / graph.file, Target.parse("tensorrt:sm89")
+        built = compilers.compile_graph(source, graph, folder / name, target, "fp16", islands=found.nodes(name))
         assert (folder / built.file).stat().st_size > 10_000
 
 

@@ -7,7 +7,6 @@ What a class's bundles do is read from the small checkpoints that the families' 
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ import diffusers
 
 from exporter import checkpoint, ensemble
 from exporter.families import PIPELINES, SAME, Shape
+from exporter.families.refused import REASONS, YET, reason
 from runtimes import cascade
 from tests.families import small, small_cascades, small_flow, small_ldm, small_transformers, small_video
 
@@ -42,7 +42,8 @@ HEAD = """# Families
 
 What the pipeline classes of diffusers {version} are to dexport. Of each that is exported a test builds a small
 checkpoint, of diffusers' own classes with random weights, for ONNX Runtime and OpenVINO, compares what the bundles draw
-with diffusers' own pipeline on the same noise, and compiles the denoisers for TensorRT. An engine has not been run yet.
+with diffusers' own pipeline on the same noise, and compiles every graph for TensorRT in fp16. An engine has not been
+run yet.
 
 This page is written by `python -m tests.families.table`; a test holds it to the code and to the installed diffusers.
 
@@ -62,51 +63,6 @@ A class that is not here is not of this version of diffusers.
 | why | pipeline classes |
 |---|---|
 """
-YET = "not written yet"
-REASONS: tuple[tuple[str, str], ...] = (
-    ("blocks whose parts lie in other repositories, not a checkpoint", r".*Modular|Diffusion"),
-    ("of diffusers' own ONNX or Flax export, not of torch", r"Onnx.*|StableDiffusionOnnx"),
-    (
-        "it draws tokens of a codebook or a language, not a continuous sample",
-        r"VQDiffusion|Amused.*|DiffusionGemma|LLaDA2",
-    ),
-    (
-        "sound: a bundle has no way out for it yet",
-        r"AceStep|Audio.*|DanceDiffusion|MusicLDM|Spectrogram.*|StableAudio.*|LongCatAudio.*",
-    ),
-    ("shapes in space and proteins, not pictures", r"ShapE.*|RFD4.*"),
-    (
-        "video beyond AnimateDiff",
-        r"Allegro|AnimateDiff.+|AnyFlow.*|ChronoEdit|CogVideo.*|ConsisID|Cosmos.*|EasyAnimate.*|Helios.*|Hunyuan.*Video.*"
-        r"|HunyuanSkyreels.*|I2VGenXL|Latte|LTX.*|LucyEdit|Mochi|MotifVideo.*|PIA|Sana.*Video|SanaWM|SkyReels.*"
-        r"|StableVideoDiffusion|TextToVideo.*|VideoToVideo.*|Wan.*|Kandinsky5.2V|Kandinsky6.*",
-    ),
-    (
-        "it takes gradients, or turns a picture back into noise, while it draws",
-        r".*AttendAndExcite|.*DiffEdit|.*Pix2PixZero|.*ModelEditing|CycleDiffusion|.*Paradigms",
-    ),
-    (
-        "guidance inside of attention, or over parts of a picture; the same checkpoint is exported as the plain class, "
-        "where that is",
-        r".*PAG.*|.*SAG|SemanticStableDiffusion|.*Panorama|.*GLIGEN.*",
-    ),
-    (
-        "pictures that are edited join the tokens of the prompt",
-        r"QwenImageEdit.*|QwenImageLayered.*|OmniGen|FluxKontext.*|Flux2.*|JoyImageEdit.*|LongCatImageEdit|VisualCloze.*"
-        r"|DreamLite.*|ZImageOmni|FluxPriorRedux|BriaFiboEdit|GlmImage|Kandinsky5I2I|PaintByExample|BlipDiffusion.*"
-        r"|UniDiffuser|VersatileDiffusion.*",
-    ),
-    (
-        "the denoiser takes a picture as further channels, in a way of its own",
-        r".*InstructPix2Pix|.*Depth2Img|.*Upscale|FluxFill|FluxControl(Img2Img|Inpaint)?|CogView4Control|Marigold.*"
-        r"|.*ImageVariation|.*LDM3D|KandinskyV22Inpaint.*|KandinskyInpaint.*|.*ControlNetInpaint.*",
-    ),
-    ("a ControlNet of another kind or another architecture than Stable Diffusion's and SDXL's", r".*Control[Nn]et.*"),
-    (
-        "a stage by itself; the two are exported together (`--prior`)",
-        r"KandinskyV22(Prior)?|(StableCascade|Wuerstchen)(Prior|Decoder)",
-    ),
-)
 
 
 def classes() -> list[str]:
@@ -144,12 +100,6 @@ def exported() -> dict[str, str]:
     return found | {name: f"{found[plain]}, steered by hints" for name, plain in STEERED.items()}
 
 
-def reason(name: str) -> str:
-    """Why a class is not exported."""
-    short = name.removesuffix("Pipeline")
-    return next((why for why, pattern in REASONS if re.fullmatch(pattern, short)), YET)
-
-
 def page() -> str:
     """The page's text."""
     does, rows = exported(), []
@@ -159,7 +109,8 @@ def page() -> str:
         elif name in SAME:
             rows.append(f"| `{name}` | taken as `{SAME[name]}`, whose parts it has | `{PIPELINES[SAME[name]]}` |")
     left = [name for name in classes() if name not in PIPELINES and name not in SAME]
-    why = {which: [name for name in left if reason(name) == which] for which in (*dict(REASONS), YET)}
+    every = (*(one.why for one in REASONS), YET.why)
+    why = {which: [name for name in left if reason(name).why == which] for which in every}
     lines = [f"| {which} | {', '.join(f'`{name}`' for name in names)} |" for which, names in why.items() if names]
     return HEAD.format(version=diffusers.__version__) + "\n".join(rows) + "\n" + WHY + "\n".join(lines) + "\n"
 

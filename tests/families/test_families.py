@@ -85,5 +85,5 @@ def test_bundle_proves_itself(made: Made) -> None:
     assert ("stages" in prove(made.built)) == (made.family.refiner is not None)
 
 
-def test_engines_of_the_denoisers_are_built(made: Made, tmp_path: Path) -> None:
+def test_engines_are_built(made: Made, tmp_path: Path) -> None:
     build_engines(made.built, tmp_path)

@@ -47,6 +47,11 @@ TRANSFORMER, VAE, INDEX = "transformer/config.json", "vae/config.json", "model_i
         ("z_image", TRANSFORMER, {"siglip_feat_dim": 8}, "siglip_feat_dim"),
         ("z_image", TRANSFORMER, {"all_patch_size": [4]}, "has no patches of 2"),
         ("z_image", TRANSFORMER, {"axes_lens": [600, 32]}, "axes_lens"),
+        ("z_image", TRANSFORMER, {"axes_lens": [513, 32, 32]}, "must begin with 514 or more"),
+        ("z_image", TRANSFORMER, {"axes_lens": [600, 4, 32]}, "32x32 pixels: this model knows positions up to 16"),
+        ("z_image", TRANSFORMER, {"axes_dims": [4, 4, 4]}, "3 even numbers from 2 that make the 16 channels of a head"),
+        ("flux", TRANSFORMER, {"axes_dims_rope": [16]}, "3 even numbers from 2 that make the 16 channels of a head"),
+        ("qwen_image", TRANSFORMER, {"axes_dims_rope": [4, 4, 4]}, "that make the 16 channels of a head"),
         ("z_image", TRANSFORMER, {"cap_feat_dim": 8}, "cap_feat_dim=8 where the text encoders give 32"),
     ],
 )  # fmt: skip

@@ -314,9 +314,8 @@ def test_a_bundle_proves_itself_and_is_timed(sd: tuple[Parts, Built]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["sd", "xl"])
-def test_engine_of_the_denoiser_is_built(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    made = request.getfixturevalue(kind)[1]
-    build_engines(made, tmp_path, *(["hint_sketch", "hint_plus"] if kind == "sd" else []))
+def test_engines_are_built(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    build_engines(request.getfixturevalue(kind)[1], tmp_path)
 
 
 def test_hints_on_the_command_line(say: Say, sd: tuple[Parts, Built], tmp_path: Path) -> None:

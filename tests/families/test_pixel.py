@@ -15,16 +15,14 @@ from PIL import Image
 
 from calibration import islands
 from exporter import hub
-from exporter.compile import compile_graph
 from exporter.families.parts import OLD_ATTENTION
 from runtimes.accuracy import psnr
-from runtimes.backends.tensorrt import flavour
 from runtimes.errors import DexportError
 from runtimes.image import open_image, read_settings
 from runtimes.request import Request
-from runtimes.target import Target
 from tests.dexport.conftest import Say
-from tests.families.harness import Built, ours, theirs
+from tests.families.harness import Built, build_engines, ours, theirs
+from tests.families.small import WRITERS
 
 Make = Callable[[str], Built]
 LEAST_DB = 80  # fp32 gives 105 to 130; the bound of a mistake in one coefficient would be far below
@@ -107,15 +105,9 @@ def test_a_timestep_depends_on_nothing_else(built: Make) -> None:
         assert {use.node.op_type for use in timestep.uses()} == {"Unsqueeze"}
 
 
-@pytest.mark.skipif(flavour("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed")
-@pytest.mark.parametrize("name", ["learned", "consistency", "ldm", "superresolution", "dit"])
+@pytest.mark.parametrize("name", WRITERS)
 def test_engines_are_built(built: Make, name: str, tmp_path: Path) -> None:
-    made = built(name)
-    for part in ("denoiser", "decoder"):
-        (tmp_path / part).mkdir()
-        graph = hub.load(made.hub).graphs[part]
-        done = compile_graph(made.hub / graph.file, graph, tmp_path / part, Target.parse("tensorrt:sm89"), "fp16")
-        assert (tmp_path / done.file).stat().st_size > 10_000
+    build_engines(built(name), tmp_path)
 
 
 def test_draw_without_a_prompt(say: Say, built: Make, tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ TRANSFORMER, VAE, INDEX = "transformer/config.json", "vae/config.json", "model_i
         ("lumina2", TRANSFORMER, {"axes_lens": [300, 16]}, "axes_lens"),
         ("lumina2", TRANSFORMER, {"axes_lens": [200, 16, 16]}, "must begin with more than 256"),
         ("lumina2", TRANSFORMER, {"axes_lens": [300, 1, 16]}, "32x32 pixels: this model knows positions up to 16"),
+        ("lumina2", TRANSFORMER, {"axes_dim_rope": [4, 4, 2]}, "that make the 8 channels of a head"),
         ("lumina2", TRANSFORMER, {"cap_feat_dim": 8}, "cap_feat_dim=8 where the text encoders give 16"),
     ],
 )  # fmt: skip

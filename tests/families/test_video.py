@@ -121,5 +121,5 @@ def test_what_a_video_cannot_be_asked_for(made: Made, tmp_path: Path, capsys: py
         made.built.pipeline("onnxruntime")("red apple", size=(32, 32))
 
 
-def test_engine_of_the_denoiser_is_built(made: Made, tmp_path: Path) -> None:
+def test_engines_are_built(made: Made, tmp_path: Path) -> None:
     build_engines(made.built, tmp_path)
