@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from exporter import checkpoint as checkpoints
 from exporter import consistency, hints, steering
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 HANDOVER = 0.8  # of the way from noise to picture; diffusers' documentation of SDXL, where the refiner begins
 PREFIX = "refiner_"
 MOST_CHUNKS = 64  # of a prompt, beyond all use
+LATENT = frozenset(("vae", "vqvae", "movq", "vqgan"))  # what pipelines call the autoencoder that makes their latents
+ZERO_SNR = "rescale_betas_zero_snr"
 # Of an autoencoder: what makes its latents those of another one.
 LATENTS = ("latent_channels", "scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
@@ -92,7 +94,7 @@ def read(origin: Origin | OwnModel | Path | str, *, progress: Progress = silent)
         base = _own(origin.path, origin)
     second = checkpoints.read(Path(origin.refiner), progress=progress) if origin.refiner is not None else None
     base, *others = (
-        replace(part, scheduler=samplers.choose(part.scheduler, origin.sampler), chunks=origin.long_prompts)
+        replace(part, scheduler=_chosen(part, origin), chunks=origin.long_prompts)
         for part in (base, second)
         if part is not None
     )
@@ -102,6 +104,25 @@ def read(origin: Origin | OwnModel | Path | str, *, progress: Progress = silent)
         base = checkpoints.add(base, consistency.COMPONENT, Path(origin.decoder), consistency.CLASS)
         consistency.check(base)
     return base
+
+
+def _chosen(part: Checkpoint, origin: Origin) -> dict[str, Any]:
+    """The scheduler's config of a checkpoint, with the sampler that was asked for in place of its own.
+
+    Latents are not bounded. Where the checkpoint's class has no option of clipping, its config is silent about it, and
+    so a sampler that does clip where nothing is said is told not to.
+    """
+    config = dict(part.scheduler)
+    if not LATENT.isdisjoint(part.components) and not samplers.knows(config.get("_class_name"), "clip_sample"):
+        config.setdefault("clip_sample", False)
+    chosen = samplers.choose(config, origin.sampler)
+    in_one_file = not part.in_memory and part.path.is_file()
+    if in_one_file and chosen.get(ZERO_SNR) and not samplers.knows(chosen["_class_name"], ZERO_SNR):
+        raise DexportError(
+            f"{part.path}: it says that its schedule ends in pure noise (ztsnr), which {chosen['_class_name']} cannot "
+            "follow; name a sampler that does, like --sampler ddim or --sampler euler"
+        )
+    return chosen
 
 
 def _own(model: OwnModel, origin: Origin) -> Checkpoint:

@@ -46,7 +46,8 @@ from runtimes.schedule import Ask
 from runtimes.table import Row, Table
 
 __all__ = [
-    "CLASSES", "NAMES", "REFUSED", "OneOf", "Row", "Table", "choose", "compile_table", "default_of", "find", "pick",
+    "CLASSES", "NAMES", "REFUSED", "OneOf", "Row", "Table", "choose", "compile_table", "default_of", "find",
+    "knows", "pick",
 ]  # fmt: skip
 
 CLASSES: Mapping[str, Sampler] = {
@@ -197,6 +198,11 @@ def choose(scheduler: Mapping[str, Any], sampler: str | None) -> dict[str, Any]:
     # A shift by resolution is known when there is one; any does here.
     compile_table(config, 1, mu=1.0 if dynamic and "mu" in CLASSES[name].takes else None)
     return config
+
+
+def knows(scheduler: Any, option: str) -> bool:
+    """Whether a diffusers class has an option; a class that is not in CLASSES has none."""
+    return scheduler in CLASSES and option in CLASSES[scheduler].options
 
 
 def default_of(scheduler: str, option: str) -> Any:
