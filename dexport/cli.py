@@ -21,9 +21,11 @@ from dexport.options import (
     origin_options,
     overwrite_option,
     picture_options,
+    preset_option,
     prior_option,
     prompts_option,
     quantization_options,
+    scheduler_option,
     threads_option,
 )
 from runtimes.errors import DexportError
@@ -95,7 +97,7 @@ def build(
     Example:
       dexport build checkpoint --target onnxruntime --target openvino=bf16 -o bundles
       dexport build checkpoint --target openvino --precision int8 --prompts prompts.txt --budget psnr=36 -o bundle
-      dexport build sdxl-turbo --target openvino=bf16 --guidance 0 --steps 1 -o bundle
+      dexport build sdxl-turbo.safetensors --preset sdxl-turbo --target openvino=bf16 -o bundle
     """
     with console.working() as progress:
         built = dexport.build(
@@ -257,6 +259,8 @@ def compile_(
 )
 @click.option("--fps", type=click.FloatRange(0, min_open=True), help="Frames a second of a video.")
 @click.option("--sampler", type=SamplerName(), help="Another sampler than the checkpoint's, of the main stage.")
+@scheduler_option
+@preset_option
 @click.option("--size", type=Shape(), help="Size of the images, where the bundle is of dynamic shape.")
 @click.option(
     "--guidance-batch", type=click.Choice(["batched", "sequential"]), default="batched", show_default=True,
@@ -327,9 +331,12 @@ def run(
 @click.argument("name", type=SamplerName())
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="Steps of the sampler.")
 @click.option("--of", "source", type=FOLDER, help="Take the schedule of this checkpoint, hub, bundle or .json.")
+@scheduler_option
 @click.option("--plot", type=FOLDER, help="Draw noise and timesteps against the steps into this .png, .svg or .pdf.")
 @json_option
-def sampler(name: str, steps: int, source: Path | None, plot: Path | None, as_json: bool) -> None:
+def sampler(
+    name: str, steps: int, source: Path | None, scheduler: dict[str, str], plot: Path | None, as_json: bool
+) -> None:
     """Show the table of the sampler NAME.
 
     NAME is a short name, like dpmpp_2m_karras or "DPM++ 2M Karras", or a class of diffusers. Each row is a call of
@@ -341,7 +348,7 @@ def sampler(name: str, steps: int, source: Path | None, plot: Path | None, as_js
       dexport sampler euler_karras --steps 10 --plot euler.png
     """
     with console.working():
-        found = dexport.sampler(name, steps=steps, source=source)
+        found = dexport.sampler(name, steps=steps, source=source, scheduler=scheduler)
         if plot:
             dexport.plot(found, plot)
     if as_json:

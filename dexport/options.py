@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 import dexport
-from dexport.group import SamplerName, Shape
+from dexport.group import SamplerName, SchedulerOption, Shape
+from runtimes.presets import PRESETS
 
 if TYPE_CHECKING:
     from exporter.ensemble import Origin
@@ -62,6 +63,18 @@ calibration_steps_option = click.option(
 )
 
 
+scheduler_option = click.option(
+    "--scheduler", multiple=True, type=SchedulerOption(), callback=SchedulerOption.together,
+    help="An option of the sampler, like timestep_spacing=trailing, or timesteps=999,749,499,249; a wrong name is told "
+    "those that there are. May be given several times.",
+)  # fmt: skip
+preset_option = click.option(
+    "--preset", type=click.Choice(list(PRESETS), case_sensitive=False), metavar="NAME",
+    help="Sampler, its options, steps and guidance that a distilled model or LoRA was published with, where they are "
+    f"not given: {', '.join(PRESETS)}.",
+)  # fmt: skip
+
+
 def _origin(checkpoint: Path, **said: Any) -> Origin:
     return dexport.Origin(checkpoint, **said)
 
@@ -100,6 +113,8 @@ origin_options = together(
     click.option(
         "--sampler", type=SamplerName(), help="Sampler of the main stage, the last one guided; by default its own."
     ),
+    scheduler_option,
+    preset_option,
     click.option("--steps", type=click.IntRange(1), help="Steps of the main stage where `run` is asked for none."),
     click.option(
         "--guidance", type=click.FloatRange(0, 1000),

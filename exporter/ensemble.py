@@ -9,7 +9,7 @@ from one to the other.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from exporter import checkpoint as checkpoints
 from exporter import consistency, hints, steering
 from exporter.checkpoint import Checkpoint, TokenizerFiles
 from exporter.families import Shape, Spec, Tokens
-from runtimes import cascade, samplers, subject
+from runtimes import cascade, presets, samplers, subject
 from runtimes.errors import DexportError, Progress, silent
 from runtimes.manifest import File, Stage
 
@@ -45,7 +45,9 @@ class Origin:
     checkpoint's and family's; a model that was distilled to need no guidance says so nowhere, and is one with
     ``guidance`` up to 1. Of a model with several ways (runtimes.cascade) they are of the main one. long_prompts: how
     many chunks a prompt may have, each as long as the text encoder takes (75 tokens of CLIP's). motion_adapter: the
-    folder of one that makes a model of pictures one of videos (exporter.motion). frames: of each video.
+    folder of one that makes a model of pictures one of videos (exporter.motion). frames: of each video. scheduler:
+    options of the sampler, by name, as values or text (runtimes.samplers.options). preset: what of sampler, scheduler,
+    steps and guidance is not said, by the name of a distilled model's settings (runtimes.presets).
     """
 
     path: Path | str | OwnModel
@@ -65,6 +67,8 @@ class Origin:
     decoder: Path | str | None = None
     motion_adapter: Path | str | None = None
     frames: int | None = None
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
+    preset: str | None = None
 
     @classmethod
     def of(cls, checkpoint: Origin | OwnModel | Path | str) -> Origin:
@@ -80,7 +84,7 @@ class Origin:
 
 def read(origin: Origin | OwnModel | Path | str, *, progress: Progress = silent) -> Checkpoint:
     """Read a checkpoint and the one that refines what it draws, if any; ``stages`` finds whether they fit."""
-    origin = Origin.of(origin)
+    origin = _with_preset(Origin.of(origin))
     if not 1 <= origin.long_prompts <= MOST_CHUNKS:
         raise DexportError(f"long prompts may have 1 to {MOST_CHUNKS} chunks, not {origin.long_prompts}")
     if isinstance(origin.path, Path | str):
@@ -106,6 +110,14 @@ def read(origin: Origin | OwnModel | Path | str, *, progress: Progress = silent)
     return base
 
 
+def _with_preset(origin: Origin) -> Origin:
+    """The origin with its preset's settings where it has none of its own."""
+    if origin.preset is None:
+        return origin
+    said = {name: getattr(origin, name) for name in ("sampler", "steps", "guidance", "scheduler")}
+    return replace(origin, **presets.settings(origin.preset, said), preset=None)
+
+
 def _chosen(part: Checkpoint, origin: Origin) -> dict[str, Any]:
     """The scheduler's config of a checkpoint, with the sampler that was asked for in place of its own.
 
@@ -115,7 +127,9 @@ def _chosen(part: Checkpoint, origin: Origin) -> dict[str, Any]:
     config = dict(part.scheduler)
     if not LATENT.isdisjoint(part.components) and not samplers.knows(config.get("_class_name"), "clip_sample"):
         config.setdefault("clip_sample", False)
-    chosen = samplers.choose(config, origin.sampler)
+    for own in samplers.options.LISTS:  # which no file of diffusers' holds
+        config.pop(own, None)
+    chosen = samplers.choose(config, origin.sampler, origin.scheduler)
     in_one_file = not part.in_memory and part.path.is_file()
     if in_one_file and chosen.get(ZERO_SNR) and not samplers.knows(chosen["_class_name"], ZERO_SNR):
         raise DexportError(
@@ -131,7 +145,8 @@ def _own(model: OwnModel, origin: Origin) -> Checkpoint:
 
     if not isinstance(model, own.OwnModel):
         raise DexportError(f"a checkpoint is a path, or a dexport.OwnModel, not {model!r:.60}")
-    if origin != Origin(model, sampler=origin.sampler, steps=origin.steps, guidance=origin.guidance):
+    defaults = {name: getattr(origin, name) for name in ("sampler", "steps", "guidance", "scheduler")}
+    if origin != Origin(model, **defaults):
         raise DexportError(
             "a model of your own takes nothing that is said of files: no refiner, LoRA, ControlNet and the like"
         )
@@ -215,8 +230,9 @@ def _stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
 
 
 def _with_defaults(stage: Stage, asked: Checkpoint, several: bool) -> Stage:
-    if asked.steps is not None:
-        stage = replace(stage, steps=asked.steps)
+    steps = asked.steps or samplers.listed(stage.scheduler)
+    if steps is not None:
+        stage = replace(stage, steps=steps)
     if asked.guidance is None:
         return stage
     if stage.guidance.kind == "none" and asked.guidance > 1:

@@ -43,7 +43,8 @@ NEEDED = {
     "playground-v2-5": "Playground v2.5, whose schedule and latents are its own; give its diffusers folder",
     "controlnet": "a ControlNet in one file; convert it to a folder of diffusers "
     "(ControlNetModel.from_single_file), and give that beside its checkpoint, with --control",
-    "animatediff": "a motion adapter in one file; give its diffusers folder beside its checkpoint, with --motion-adapter",
+    "animatediff": "a motion adapter in one file; give its diffusers folder beside its checkpoint, with "
+    "--motion-adapter",
     "autoencoder-dc": "an autoencoder (DC-AE) alone",
 }
 """What a file of one of diffusers' kinds is, by how the kind's word begins, and what to do with it."""
@@ -56,7 +57,8 @@ PARTS = (
      "(ControlNetModel.from_single_file), and give that beside its checkpoint, with --control"),
     (r"image_proj\.|ip_adapter\.", "an IP-Adapter; give it beside its checkpoint, with --ip-adapter"),
     (r"(first_stage_model\.)?(encoder|decoder)\.(conv_in|mid|mid_block)", "an autoencoder (VAE) alone"),
-    (r"(down_blocks|up_blocks|mid_block|time_embedding|transformer_blocks|single_transformer_blocks)\.", "one component of a diffusers folder; give the folder"),
+    (r"(down_blocks|up_blocks|mid_block|time_embedding|transformer_blocks|single_transformer_blocks)\.",
+     "one component of a diffusers folder; give the folder"),
     (r"text_model\.|token_embedding\.", "a text encoder alone"),
 )  # fmt: skip
 """What else a .safetensors file may be, by a name that it has."""

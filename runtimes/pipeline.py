@@ -13,12 +13,26 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from runtimes import bundle, cascade, conditioning, guidance, hints, inpaint, loop, samplers, subject, timetable, video
+from runtimes import (
+    bundle,
+    cascade,
+    conditioning,
+    guidance,
+    hints,
+    inpaint,
+    loop,
+    presets,
+    samplers,
+    subject,
+    timetable,
+    video,
+)
 from runtimes.errors import DexportError, Progress, silent
 from runtimes.image import to_array, to_images
 from runtimes.manifest import Manifest, Model, Stage
 from runtimes.prompts import Prompts
 from runtimes.request import Request, check, first_step, scale, strength
+from runtimes.request import steps as count_steps
 from runtimes.session import Session, require, run_batched
 from runtimes.target import Target
 from runtimes.video import Video
@@ -78,8 +92,13 @@ class Pipeline:
         pipeline.manifest = manifest
         return pipeline
 
-    def __call__(self, prompt: str | Sequence[str] = (), *, progress: Progress = silent, **settings: Any) -> Result:
-        """Draw; ``settings`` are the fields of ``Request``."""
+    def __call__(
+        self, prompt: str | Sequence[str] = (), *, preset: str | None = None, progress: Progress = silent,
+        **settings: Any,
+    ) -> Result:  # fmt: skip
+        """Draw; ``settings`` are the fields of ``Request``, ``preset`` a name of those that are not given."""
+        if preset is not None:
+            settings = presets.settings(preset, settings)
         given: Any = [prompt] if isinstance(prompt, str) else prompt
         if not isinstance(given, Sequence) or not all(isinstance(one, str) for one in given):
             raise DexportError(f"a prompt must be a text, or a list of them, not {prompt!r:.80}")
@@ -188,10 +207,11 @@ class Pipeline:
         tables: list[samplers.Table] = []
         asked = way == cascade.main(self.model.stages)
         begun = asked and self._begun(request) is not None
-        shape = self.sample_shape(request, way[0])
+        shape, steps = self.sample_shape(request, way[0]), count_steps(self.model, request, way)
         for stage in way:
-            steps = cascade.setting(self.model.stages, way, request.steps) or stage.steps
-            config = samplers.pick(stage.scheduler, request.sampler if asked else None, image=begun)
+            config = dict(stage.scheduler)
+            if asked:
+                config = samplers.pick(config, request.sampler, request.scheduler, image=begun)
             begin = first_step(self.model, request, steps) if begun else 0
             if begin >= stage.span[1] * steps:
                 continue
@@ -355,9 +375,7 @@ class Pipeline:
     def _settings(self, request: Request, index: int) -> dict[str, Any]:
         """What makes picture ``index`` again, for its metadata."""
         stages = self.model.stages
-        steps = {
-            way[0].name: cascade.setting(stages, way, request.steps) or way[0].steps for way in cascade.ways(stages)
-        }
+        steps = {way[0].name: count_steps(self.model, request, way) for way in cascade.ways(stages)}
         scales = {way[0].name: _plain(scale(self.model, request, way)) for way in cascade.ways(stages)}
         settings: dict[str, Any] = {
             **subject.settings(self.model, request, index),
@@ -368,6 +386,8 @@ class Pipeline:
             "guidance": scales if len(scales) > 1 else scales[self._main.name],
             "sampler": request.sampler or self._main.scheduler["_class_name"],
         }
+        if request.scheduler:
+            settings["scheduler"] = dict(request.scheduler)
         for name, default in (("guidance_interval", [0.0, 1.0]), ("guidance_rescale", 0.0)):
             if (value := _plain(getattr(request, name))) != default:
                 settings[name] = value
