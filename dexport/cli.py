@@ -27,6 +27,7 @@ from dexport.options import (
     quantization_options,
     scheduler_option,
     threads_option,
+    variant_option,
 )
 from runtimes.errors import DexportError
 
@@ -85,7 +86,7 @@ def build(
     """Make proven bundles of a CHECKPOINT.
 
     It is exported to ONNX, compiled for each target and precision, and compared with the torch model. CHECKPOINT is a
-    diffusers folder or one .safetensors file.
+    diffusers folder, one .safetensors file, or either on the Hugging Face hub: org/name[/FILE][@REVISION].
 
     With one target and precision OUTPUT is the bundle; with several, the bundles are OUTPUT/TARGET-PRECISION.
     A bundle that misses its accuracy band or its budget is not written, and the exit code is 1.
@@ -417,8 +418,9 @@ def bench(bundle: Path, repeats: int, images: int, threads: int | None, as_json:
 @click.argument("path", type=FOLDER)
 @config_option
 @prior_option
+@variant_option
 @json_option
-def inspect(path: Path, config: str | None, prior: Path | None, as_json: bool) -> None:
+def inspect(path: Path, config: str | None, prior: Path | None, variant: str | None, as_json: bool) -> None:
     """Describe a checkpoint, hub or bundle.
 
     What PATH holds, its sizes, tensors and parameters. Loads no weights and checks no hashes.
@@ -428,7 +430,7 @@ def inspect(path: Path, config: str | None, prior: Path | None, as_json: bool) -
       dexport inspect bundle --json
     """
     with console.working():
-        found = dexport.inspect(path, config=config, prior=prior)
+        found = dexport.inspect(path, config=config, prior=prior, variant=variant)
     if as_json:
         console.print_json(found)
     else:

@@ -75,6 +75,11 @@ preset_option = click.option(
 )  # fmt: skip
 
 
+variant_option = click.option(
+    "--variant", metavar="NAME", help="Which weights of folders and repositories are taken, like fp16, where they are."
+)
+
+
 def _origin(checkpoint: Path, **said: Any) -> Origin:
     return dexport.Origin(checkpoint, **said)
 
@@ -86,6 +91,8 @@ prior_option = click.option(
 origin_options = together(
     "origin", _origin,
     click.argument("checkpoint", type=FOLDER),
+    click.option("--revision", metavar="NAME", help="Branch, tag or commit of a CHECKPOINT on the hub."),
+    variant_option,
     config_option,
     click.option(
         "--lora", "loras", multiple=True, metavar="FILE[:SCALE]",

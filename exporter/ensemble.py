@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporter import checkpoint as checkpoints
-from exporter import consistency, hints, steering
+from exporter import consistency, hints, repository, single_file, steering
 from exporter.checkpoint import Checkpoint, TokenizerFiles
 from exporter.families import Shape, Spec, Tokens
 from runtimes import cascade, presets, samplers, subject
 from runtimes.errors import DexportError, Progress, silent
-from runtimes.manifest import File, Stage
+from runtimes.manifest import SourceFile, Stage
 
 if TYPE_CHECKING:
     from exporter.own import OwnModel
@@ -28,6 +28,11 @@ HANDOVER = 0.8  # of the way from noise to picture; diffusers' documentation of 
 PREFIX = "refiner_"
 MOST_CHUNKS = 64  # of a prompt, beyond all use
 LATENT = frozenset(("vae", "vqvae", "movq", "vqgan"))  # what pipelines call the autoencoder that makes their latents
+# Fields of Origin that are a path beside the first one, and how it is looked for on the hub.
+BESIDE: Mapping[str, Mapping[str, bool]] = {
+    "config": {"weights": False}, "refiner": {}, "prior": {}, "decoder": {"component": True},
+    "motion_adapter": {"component": True}, "image_encoder": {"component": True},
+}  # fmt: skip
 ZERO_SNR = "rescale_betas_zero_snr"
 # Of an autoencoder: what makes its latents those of another one.
 LATENTS = ("latent_channels", "scaling_factor", "shift_factor", "latents_mean", "latents_std")
@@ -48,6 +53,9 @@ class Origin:
     folder of one that makes a model of pictures one of videos (exporter.motion). frames: of each video. scheduler:
     options of the sampler, by name, as values or text (runtimes.samplers.options). preset: what of sampler, scheduler,
     steps and guidance is not said, by the name of a distilled model's settings (runtimes.presets).
+
+    Each path may be a repository on the Hugging Face hub instead, "org/name[@revision]", or a file or folder in one
+    (exporter.repository). revision: of the first one. variant: of the weights in folders and repositories, like "fp16".
     """
 
     path: Path | str | OwnModel
@@ -69,6 +77,8 @@ class Origin:
     frames: int | None = None
     scheduler: Mapping[str, Any] = field(default_factory=dict)
     preset: str | None = None
+    revision: str | None = None
+    variant: str | None = None
 
     @classmethod
     def of(cls, checkpoint: Origin | OwnModel | Path | str) -> Origin:
@@ -84,19 +94,21 @@ class Origin:
 
 def read(origin: Origin | OwnModel | Path | str, *, progress: Progress = silent) -> Checkpoint:
     """Read a checkpoint and the one that refines what it draws, if any; ``stages`` finds whether they fit."""
-    origin = _with_preset(Origin.of(origin))
+    origin = local(_with_preset(Origin.of(origin)), progress)
     if not 1 <= origin.long_prompts <= MOST_CHUNKS:
         raise DexportError(f"long prompts may have 1 to {MOST_CHUNKS} chunks, not {origin.long_prompts}")
     if isinstance(origin.path, Path | str):
         base = checkpoints.read(
             Path(origin.path), config=origin.config, prior=origin.prior, loras=origin.loras,
             embeddings=origin.embeddings, clip_skip=origin.clip_skip,
-            motion_adapter=origin.motion_adapter, progress=progress,
+            motion_adapter=origin.motion_adapter, variant=origin.variant, progress=progress,
         )  # fmt: skip
-        base = hints.add(base, origin.controls, origin.ip_adapters, origin.image_encoder)
+        base = hints.add(base, origin.controls, origin.ip_adapters, origin.image_encoder, variant=origin.variant)
     else:
         base = _own(origin.path, origin)
-    second = checkpoints.read(Path(origin.refiner), progress=progress) if origin.refiner is not None else None
+    second = None
+    if origin.refiner is not None:
+        second = checkpoints.read(Path(origin.refiner), variant=origin.variant, progress=progress)
     base, *others = (
         replace(part, scheduler=_chosen(part, origin), chunks=origin.long_prompts)
         for part in (base, second)
@@ -105,9 +117,42 @@ def read(origin: Origin | OwnModel | Path | str, *, progress: Progress = silent)
     base = replace(base, refiner=next(iter(others), None), steps=origin.steps, guidance=origin.guidance)
     base = replace(base, frames=origin.frames)
     if origin.decoder is not None:
-        base = checkpoints.add(base, consistency.COMPONENT, Path(origin.decoder), consistency.CLASS)
+        base = checkpoints.add(base, consistency.COMPONENT, Path(origin.decoder), consistency.CLASS, origin.variant)
         consistency.check(base)
     return base
+
+
+def local(origin: Origin, progress: Progress = silent) -> Origin:
+    """The origin with a path on this disk for each repository that it names, downloaded where need be."""
+    if not isinstance(origin.path, Path | str):
+        return origin
+
+    def found(place: Path | str, **how: Any) -> Path:
+        return repository.resolve(place, variant=origin.variant, progress=progress, **how)
+
+    def named(text: Path | str) -> str:  # "NAME=PATH"; a folder of the cache would not do for a name
+        name, equals, place = str(text).partition("=")
+        if not equals or Path(str(text)).exists():
+            name, place = "", str(text)
+        path = found(place, component=True)
+        if not name and path != Path(place):
+            name = hints.Named.parse(place.partition("@")[0]).name
+        return f"{name}={path}" if name else place
+
+    def with_end(text: Path | str) -> str:  # "FILE:END"
+        place, colon, end = str(text).rpartition(":")
+        if not colon or Path(str(text)).exists():
+            place, colon, end = str(text), "", ""
+        return f"{found(place)}{colon}{end}"
+
+    changes: dict[str, Any] = {"path": found(origin.path, revision=origin.revision), "revision": None}
+    for name, how in BESIDE.items():
+        place = getattr(origin, name)
+        if place is not None and not (name == "config" and single_file.is_shipped(place)):
+            changes[name] = found(place, **how)
+    for name, read_one in (("controls", named), ("ip_adapters", named), ("loras", with_end), ("embeddings", with_end)):
+        changes[name] = tuple(map(read_one, getattr(origin, name)))
+    return replace(origin, **changes)
 
 
 def _with_preset(origin: Origin) -> Origin:
@@ -263,7 +308,7 @@ def token_inputs(checkpoint: Checkpoint) -> dict[str, tuple[TokenizerFiles, Toke
     return found
 
 
-def source(checkpoint: Checkpoint) -> tuple[File, ...]:
+def source(checkpoint: Checkpoint) -> tuple[SourceFile, ...]:
     """The files that an export depends on; the refiner's in a folder of that name."""
     own = checkpoint.source()
     if checkpoint.refiner is None:

@@ -71,11 +71,10 @@ def configuration(file: Path, entries: Mapping[str, Entry], chosen: Path | str |
     what it is where that can be seen, and where only the user can know the kind.
     """
     if chosen is not None:
-        names = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir())
-        folder = CONFIGS / chosen if str(chosen) in names else Path(chosen)
+        folder = CONFIGS / chosen if is_shipped(chosen) else Path(chosen)
         if not folder.is_dir():
             raise DexportError(
-                f"{folder}: no such folder, and no name of a configuration; there are {', '.join(names)}"
+                f"{folder}: no such folder, and no name of a configuration; there are {', '.join(_shipped())}"
             )
         return folder
     kind = _kind(entries)
@@ -90,6 +89,15 @@ def configuration(file: Path, entries: Mapping[str, Entry], chosen: Path | str |
             "(noise), as SD-Turbo is"
         )
     return CONFIGS / KINDS[kind]
+
+
+def is_shipped(config: Path | str) -> bool:
+    """Whether this is the name of one of ``CONFIGS``."""
+    return str(config) in _shipped()
+
+
+def _shipped() -> list[str]:
+    return sorted(path.name for path in CONFIGS.iterdir() if path.is_dir())
 
 
 def _what(entries: Mapping[str, Entry]) -> str:
