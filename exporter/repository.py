@@ -275,7 +275,7 @@ def _example(names: Collection[str]) -> str:
 
 def _bar(what: str, progress: Progress) -> Any:
     """A class of bars that tells ``progress`` how far the bytes are, and draws none."""
-    from tqdm.auto import tqdm
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
     class Bar(tqdm):  # type: ignore[type-arg, misc]  # it has no types
         def __init__(self, *args: Any, **options: Any) -> None:
@@ -335,7 +335,8 @@ def _words(error: Exception, place: Repository, variant: str | None) -> str | No
         return f"the repository has no revision {place.revision!r}; leave it out for the newest"
     if isinstance(error, errors.HFValidationError):
         return "no such file or folder here, and no name that a repository on the hub can have"
-    if isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError):
+    missing = isinstance(error, errors.LocalEntryNotFoundError)  # so called after a fault of the network too
+    if isinstance(error, errors.OfflineModeIsEnabled) or (missing and constants.HF_HUB_OFFLINE):
         return (
             f"HF_HUB_OFFLINE is set, and its copy in {cache} is missing or not whole; with a network, download it: "
             f"{command(place, variant)}"
@@ -347,11 +348,10 @@ def _words(error: Exception, place: Repository, variant: str | None) -> str | No
         return f"the hub answers with an error ({status or error}); try again later"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"the disk of {cache} is full; make room, or set HF_HOME to another"
-    if isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.partition(".")[0].startswith(
-        "httpx"
-    ):
+    if missing or isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith("httpx"):
+        cause = type(error.__cause__ if missing and error.__cause__ else error).__name__
         return (
-            f"no such file or folder here, and {endpoint} cannot be reached ({type(error).__name__}); HF_HUB_OFFLINE=1 "
-            f"takes what its cache has, and with a network this downloads it: {command(place, variant)}"
+            f"no such file or folder here, and {endpoint} cannot be reached ({cause}); HF_HUB_OFFLINE=1 takes what its "
+            f"cache has, and with a network this downloads it: {command(place, variant)}"
         )
     return " ".join(str(error).split())[:300] if isinstance(error, OSError) else None
