@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.prompts import JUDGED
-from runtimes import example
+from runtimes import example, samplers
 from runtimes.accuracy import compare, psnr
 from runtimes.backends.onnxruntime import OnnxRuntimeSession
 from runtimes.errors import DexportError, Progress, silent
@@ -105,7 +105,7 @@ def draw_float(
         recorder.append(Recorder(session))
         return recorder[0]
 
-    steps = steps or min(STEPS, model.stages[0].steps)
+    steps = steps or samplers.listed(model.stages[0].scheduler) or min(STEPS, model.stages[0].steps)
     pictures, latents = _draw(model, hub, load, prompts, steps, progress, recorder)
     return Judged(tuple(prompts), steps, tuple(pictures), tuple(recorder[0].calls), tuple(latents))
 

@@ -21,10 +21,13 @@ from dexport.options import (
     origin_options,
     overwrite_option,
     picture_options,
+    preset_option,
     prior_option,
     prompts_option,
     quantization_options,
+    scheduler_option,
     threads_option,
+    variant_option,
 )
 from runtimes.errors import DexportError
 
@@ -83,7 +86,7 @@ def build(
     """Make proven bundles of a CHECKPOINT.
 
     It is exported to ONNX, compiled for each target and precision, and compared with the torch model. CHECKPOINT is a
-    diffusers folder or one .safetensors file.
+    diffusers folder, one .safetensors file, or either on the Hugging Face hub: org/name[/FILE][@REVISION].
 
     With one target and precision OUTPUT is the bundle; with several, the bundles are OUTPUT/TARGET-PRECISION.
     A bundle that misses its accuracy band or its budget is not written, and the exit code is 1.
@@ -95,7 +98,7 @@ def build(
     Example:
       dexport build checkpoint --target onnxruntime --target openvino=bf16 -o bundles
       dexport build checkpoint --target openvino --precision int8 --prompts prompts.txt --budget psnr=36 -o bundle
-      dexport build sdxl-turbo --target openvino=bf16 --guidance 0 --steps 1 -o bundle
+      dexport build sdxl-turbo.safetensors --preset sdxl-turbo --target openvino=bf16 -o bundle
     """
     with console.working() as progress:
         built = dexport.build(
@@ -259,6 +262,8 @@ def compile_(
 )
 @click.option("--fps", type=click.FloatRange(0, min_open=True), help="Frames a second of a video.")
 @click.option("--sampler", type=SamplerName(), help="Another sampler than the checkpoint's, of the main stage.")
+@scheduler_option
+@preset_option
 @click.option("--size", type=Shape(), help="Size of the images, where the bundle is of dynamic shape.")
 @click.option(
     "--guidance-batch", type=click.Choice(["batched", "sequential"]), default="batched", show_default=True,
@@ -331,9 +336,12 @@ def run(
 @click.argument("name", type=SamplerName())
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="Steps of the sampler.")
 @click.option("--of", "source", type=FOLDER, help="Take the schedule of this checkpoint, hub, bundle or .json.")
+@scheduler_option
 @click.option("--plot", type=FOLDER, help="Draw noise and timesteps against the steps into this .png, .svg or .pdf.")
 @json_option
-def sampler(name: str, steps: int, source: Path | None, plot: Path | None, as_json: bool) -> None:
+def sampler(
+    name: str, steps: int, source: Path | None, scheduler: dict[str, str], plot: Path | None, as_json: bool
+) -> None:
     """Show the table of the sampler NAME.
 
     NAME is a short name, like dpmpp_2m_karras or "DPM++ 2M Karras", or a class of diffusers. Each row is a call of
@@ -345,7 +353,7 @@ def sampler(name: str, steps: int, source: Path | None, plot: Path | None, as_js
       dexport sampler euler_karras --steps 10 --plot euler.png
     """
     with console.working():
-        found = dexport.sampler(name, steps=steps, source=source)
+        found = dexport.sampler(name, steps=steps, source=source, scheduler=scheduler)
         if plot:
             dexport.plot(found, plot)
     if as_json:
@@ -414,8 +422,9 @@ def bench(bundle: Path, repeats: int, images: int, threads: int | None, as_json:
 @click.argument("path", type=FOLDER)
 @config_option
 @prior_option
+@variant_option
 @json_option
-def inspect(path: Path, config: str | None, prior: Path | None, as_json: bool) -> None:
+def inspect(path: Path, config: str | None, prior: Path | None, variant: str | None, as_json: bool) -> None:
     """Describe a checkpoint, hub or bundle.
 
     What PATH holds, its sizes, tensors and parameters. Loads no weights and checks no hashes.
@@ -425,7 +434,7 @@ def inspect(path: Path, config: str | None, prior: Path | None, as_json: bool) -
       dexport inspect bundle --json
     """
     with console.working():
-        found = dexport.inspect(path, config=config, prior=prior)
+        found = dexport.inspect(path, config=config, prior=prior, variant=variant)
     if as_json:
         console.print_json(found)
     else:

@@ -242,6 +242,29 @@ class TargetName(click.ParamType):  # type: ignore[type-arg]  # generic only in 
         return [CompletionItem(name) for name in every if name.startswith(incomplete)]
 
 
+class SchedulerOption(click.ParamType):  # type: ignore[type-arg]  # generic only in later clicks
+    """An option of a sampler, written ``NAME=VALUE``; which there are is the samplers' own knowledge."""
+
+    name = "NAME=VALUE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        """Return the name and what follows the first ``=``, as text."""
+        if isinstance(value, tuple):
+            return value
+        name, equals, own = str(value).partition("=")
+        if not equals or not name.strip() or not own.strip():
+            self.fail(f"{value!r} is not NAME=VALUE, like timestep_spacing=trailing", param, ctx)
+        return name.strip(), own
+
+    @staticmethod
+    def together(ctx: click.Context, param: click.Parameter, values: tuple[tuple[str, str], ...]) -> dict[str, str]:
+        """The options by name."""
+        found = dict(values)
+        if len(found) < len(values):
+            raise click.BadParameter("give each option once", ctx, param)
+        return found
+
+
 class SamplerName(click.ParamType):  # type: ignore[type-arg]  # generic only in later clicks
     """A sampler's name; which there are is the samplers' own knowledge, and theirs the error."""
 

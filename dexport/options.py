@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 import dexport
-from dexport.group import SamplerName, Shape
+from dexport.group import SamplerName, SchedulerOption, Shape
+from runtimes.presets import PRESETS
 
 if TYPE_CHECKING:
     from exporter.ensemble import Origin
@@ -62,6 +63,23 @@ calibration_steps_option = click.option(
 )
 
 
+scheduler_option = click.option(
+    "--scheduler", multiple=True, type=SchedulerOption(), callback=SchedulerOption.together,
+    help="An option of the sampler, like timestep_spacing=trailing, or timesteps=999,749,499,249; a wrong name is told "
+    "those that there are. May be given several times.",
+)  # fmt: skip
+preset_option = click.option(
+    "--preset", type=click.Choice(list(PRESETS), case_sensitive=False), metavar="NAME",
+    help="Sampler, its options, steps and guidance that a distilled model or LoRA was published with, where they are "
+    f"not given: {', '.join(PRESETS)}.",
+)  # fmt: skip
+
+
+variant_option = click.option(
+    "--variant", metavar="NAME", help="Which weights of folders and repositories are taken, like fp16, where they are."
+)
+
+
 def _origin(checkpoint: Path, **said: Any) -> Origin:
     return dexport.Origin(checkpoint, **said)
 
@@ -73,6 +91,8 @@ prior_option = click.option(
 origin_options = together(
     "origin", _origin,
     click.argument("checkpoint", type=FOLDER),
+    click.option("--revision", metavar="NAME", help="Branch, tag or commit of a CHECKPOINT on the hub."),
+    variant_option,
     config_option,
     click.option(
         "--lora", "loras", multiple=True, metavar="FILE[:SCALE]",
@@ -100,6 +120,8 @@ origin_options = together(
     click.option(
         "--sampler", type=SamplerName(), help="Sampler of the main stage, the last one guided; by default its own."
     ),
+    scheduler_option,
+    preset_option,
     click.option("--steps", type=click.IntRange(1), help="Steps of the main stage where `run` is asked for none."),
     click.option(
         "--guidance", type=click.FloatRange(0, 1000),

@@ -13,6 +13,7 @@ from pathlib import Path
 import diffusers.schedulers
 from diffusers import SchedulerMixin
 
+from runtimes.presets import PRESETS
 from runtimes.samplers import CLASSES, NAMES, REFUSED, kinds
 
 PAGE = Path(__file__).with_name("samplers.md")
@@ -41,6 +42,15 @@ takes another by its name, and the options that both know carry over.
     dexport sampler euler --of checkpoint --plot euler.png            # with its schedule; sigma and timesteps drawn
     dexport run bundle --prompt "a red apple" --sampler "DPM++ 2M Karras" -o apple.png
 
+`--scheduler NAME=VALUE` sets an option of the sampler by diffusers' name for it, in `build` and `run` alike, as
+`Scheduler.from_config(config, NAME=VALUE)` does; from Python `scheduler={"timestep_spacing": "trailing"}`. A name that
+the class does not have is refused with those that it has, and so is a value of another type, or beyond its choices or
+range. `none` is the class's default. `timesteps=999,749,499,249`, or `sigmas=`, is a list in place of the spacing, one
+for each step. What a bundle was built with carries over to another `--sampler` where its class has that option.
+
+    dexport build sd15.safetensors --sampler ddim --scheduler timestep_spacing=trailing --target openvino=bf16 -o bundle
+    dexport run bundle --prompt "a red apple" --scheduler use_karras_sigmas=true -o apple.png
+
 Names are read without regard to case, spaces and dashes. `_karras`, `_exponential` and `_beta` may follow each name
 whose class can space its sigmas so. The classes of diffusers are names too. Beyond diffusers' options a config may hold
 `eta` (DDIM: 0 to 1; TCD: its gamma), `tau` (SA-Solver) and `use_clipped_model_output` (DDIM), which there are arguments
@@ -55,6 +65,18 @@ This page is written by `python docs/samplers.py`; a test holds it to the code.
 
 | name | class | options that it implies |
 |---|---|---|
+"""
+PRESETS_OF = """
+## Presets
+
+What a distilled model or LoRA was published with, by a name that you give: nothing in a file says that it was
+distilled. `--preset` fills in what is not given beside it, in `build` (as the bundle's defaults) and in `run`.
+
+    dexport build sdxl.safetensors --lora sdxl_lightning_4step_lora.safetensors --preset lightning-4step \\
+        --target openvino=bf16 -o bundle
+
+| preset | for | sampler | steps | guidance | options | source |
+|---|---|---|---|---|---|---|
 """
 STATES = """
 ## Kinds of models
@@ -129,6 +151,21 @@ def kinds_of_models() -> list[str]:
     return lines
 
 
+def presets_table() -> list[str]:
+    """A line for each preset."""
+    return [
+        f"| `{name}` | {preset.model} | `{preset.sampler}` | {preset.steps} | {preset.guidance:g} | "
+        f"{', '.join(f'`{key}={shown(value)}`' for key, value in preset.scheduler.items())} | "
+        f"[card]({preset.source}) |"
+        for name, preset in PRESETS.items()
+    ]
+
+
+def shown(value: object) -> str:
+    """A value as it is given on the command line."""
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def page() -> str:
     """The whole page."""
     named = [
@@ -140,7 +177,8 @@ def page() -> str:
         version=diffusers.__version__, kinds="\n".join(kinds_of_models()), distilled=", ".join(kinds.DISTILLED),
         inverse=", ".join(kinds.INVERSE),
     )  # fmt: skip
-    return HEAD + "\n".join(named) + "\n" + states + "\n".join(classes) + "\n" + TAIL
+    presets = PRESETS_OF + "\n".join(presets_table()) + "\n"
+    return HEAD + "\n".join(named) + "\n" + presets + states + "\n".join(classes) + "\n" + TAIL
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def build(
     settings = _check_quantization(quantization, pairs)
     if keep_hub:
         bundle.check_free(keep_hub, overwrite, origin.checkpoints)
-    source = ensemble.read(origin)
+    source = ensemble.read(origin, progress=_shares(progress, 1 + len(pairs))(0, 0.01))
     size = Shape(*(shape or source.family.default_shape(source)), free=dynamic_shape)
     _check_use(ensemble.stages(source, size), pairs, settings)  # likewise
     with tempfile.TemporaryDirectory(prefix=".dexport-", dir=_existing(output)) as work:

@@ -15,21 +15,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporter import clip_skip as clip_skips
-from exporter import combined, families, foreign, lora, motion, single_file, textual_inversion
+from exporter import combined, families, foreign, lora, motion, repository, single_file, textual_inversion
+from exporter.repository import PICKLES, STEMS
 from runtimes import strict_json
 from runtimes.bundle import hash_file
 from runtimes.errors import DexportError, Progress, silent
-from runtimes.manifest import Adapter, File
+from runtimes.manifest import Adapter, SourceFile
 from runtimes.safetensors import Stored, check_finite, gguf, read_header
 from runtimes.samplers import default_of
 
 if TYPE_CHECKING:
     from exporter import tokenizer
 
-PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 GGUF = ".gguf"
-STEMS = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' names of a weight file
-VARIANTS = ("fp32", "bf16", "fp16")  # where there is no plain file: the most exact one first
 # A component of another library is code that comes with the checkpoint; the last ones are modules of diffusers.
 LIBRARIES = ("diffusers", "transformers", "latent_diffusion", "stable_cascade", "unclip", "wuerstchen")
 # What is given beside a checkpoint in a folder of its own, by the class that its config.json names.
@@ -128,9 +126,12 @@ class Checkpoint:
         """Whether the weights lie in no file."""
         return False
 
-    def source(self) -> tuple[File, ...]:
-        """Size and sha256 of every file that an export depends on; reads them all."""
-        return tuple(File(path, file.stat().st_size, hash_file(file)) for path, file in sorted(self.files.items()))
+    def source(self) -> tuple[SourceFile, ...]:
+        """Size, sha256 and repository of every file that an export depends on; reads them all."""
+        return tuple(
+            SourceFile(path, file.stat().st_size, hash_file(file), repository.of(file))
+            for path, file in sorted(self.files.items())
+        )
 
 
 def read(
@@ -142,6 +143,7 @@ def read(
     embeddings: Sequence[Path | str] = (),
     clip_skip: int = 1,
     motion_adapter: Path | str | None = None,
+    variant: str | None = None,
     check: bool = True,
     progress: Progress = silent,
 ) -> Checkpoint:
@@ -151,8 +153,9 @@ def read(
     weights are not looked at; by default the kind is read from the file. ``prior``: the folder of the prior that a
     decoder was saved without (exporter.combined). ``loras``: files to merge, each "FILE" or "FILE:SCALE";
     ``embeddings``: likewise, "FILE" or "FILE:WORD". ``clip_skip``: which layer's states of the text encoder are used,
-    counted from the last, 1. ``motion_adapter``: the folder of one to join to the UNet (exporter.motion). Raises
-    DexportError for what is missing, damaged, unsupported, or only there as a pickle.
+    counted from the last, 1. ``motion_adapter``: the folder of one to join to the UNet (exporter.motion). ``variant``:
+    of the weights in a folder, like "fp16", where a component has it. Raises DexportError for what is missing, damaged,
+    unsupported, or only there as a pickle.
     """
     path = Path(path)
     header = read_header(path) if path.is_file() and path.suffix == ".safetensors" else None
@@ -160,6 +163,8 @@ def read(
         raise DexportError(f"{path}: a configuration (--config) is for a single .safetensors file; leave it out")
     if header is not None:
         foreign.check_plain(path, header)
+    if header is not None and variant is not None:
+        raise DexportError(f"{path}: a variant is of a folder's weights, and this is one file; leave --variant out")
     folder = path if header is None else single_file.configuration(path, header, config)
     index, place = _read_index(folder), combined.Place(folder, None if prior is None else Path(prior))
     if place.prior is not None:
@@ -195,7 +200,9 @@ def read(
     scheduler = schedulers[names[0]]
     weights: Mapping[str, Mapping[str, Stored]]
     if header is None:
-        weights = {name: read_weights(place / name, name, files) for name in configs}
+        weights = {name: read_weights(place / name, name, files, variant) for name in configs}
+        if variant is not None and not any(repository.is_variant(name, variant) for name in files):
+            raise repository.no_variant(path, variant, [file.name for file in path.glob("*/*")])
     else:
         weights = single_file.convert(path, header, configs)
         scheduler |= single_file.scheduler_options(header)
@@ -215,7 +222,7 @@ def read(
         unused=single_file.unused(header or {}),
     )  # fmt: skip
     if motion_adapter is not None:
-        found = add(motion.animated(found), motion.ADAPTER, Path(motion_adapter), motion.CLASS)
+        found = add(motion.animated(found), motion.ADAPTER, Path(motion_adapter), motion.CLASS, variant)
     found = motion.join(found)
     return clip_skips.skip(textual_inversion.merge(lora.merge(found, loras), embeddings), clip_skip)
 
@@ -228,7 +235,7 @@ def component(
     return Component(name, class_name, path, config, used, unused)
 
 
-def add(checkpoint: Checkpoint, name: str, folder: Path, class_name: str) -> Checkpoint:
+def add(checkpoint: Checkpoint, name: str, folder: Path, class_name: str, variant: str | None = None) -> Checkpoint:
     """The checkpoint with one more component, from a folder of its own; DexportError for what is not of this class."""
     if not folder.is_dir():
         raise DexportError(f"{folder}: no such folder")
@@ -236,7 +243,7 @@ def add(checkpoint: Checkpoint, name: str, folder: Path, class_name: str) -> Che
     if config.get("_class_name") != class_name:
         raise DexportError(f"{folder}: a {config.get('_class_name')!r:.60}; it must be a {class_name}")
     files = {**checkpoint.files, f"{name}/config.json": folder / "config.json"}
-    weights = read_weights(folder, name, files)
+    weights = read_weights(folder, name, files, variant)
     check_finite(weights.values())
     part = component(name, class_name, folder, config, weights)
     return replace(checkpoint, components={**checkpoint.components, name: part}, files=files)
@@ -343,39 +350,30 @@ def read_json(path: Path, *, finite: bool = True) -> dict[str, Any]:
     return value
 
 
-def read_weights(folder: Path, component: str, files: dict[str, Path]) -> Mapping[str, Stored]:
+def read_weights(
+    folder: Path, component: str, files: dict[str, Path], variant: str | None = None
+) -> Mapping[str, Stored]:
     """Return a component's tensors by name; add the files that they come from (an index included) to ``files``.
 
     Raises DexportError for what is missing, damaged or quantized, and for a pickle.
     """
-    entries = _read_weights(folder, component, files)
+    entries = _read_weights(folder, component, files, variant)
     foreign.check_plain(folder, entries)
     return entries
 
 
-def _read_weights(folder: Path, component: str, files: dict[str, Path]) -> Mapping[str, Stored]:
-    for stem in STEMS:
-        # "stem.safetensors", "stem.fp16.safetensors", and for shards "stem.safetensors.index[.fp16].json"
-        for variant in ("", *VARIANTS, *_other_variants(folder, stem)):
-            dotted = f".{variant}" if variant else ""
-            single = folder / f"{stem}{dotted}.safetensors"
-            shards = folder / f"{stem}.safetensors.index{dotted}.json"
-            if single.is_file():
-                files[f"{component}/{single.name}"] = single
-                return read_header(single)
-            if shards.is_file():
-                return _read_shards(shards, component, files)
+def _read_weights(folder: Path, component: str, files: dict[str, Path], variant: str | None) -> Mapping[str, Stored]:
+    for name in repository.weight_files({path.name for path in folder.glob("*") if path.is_file()}, variant)[:1]:
+        if name.endswith(".json"):
+            return _read_shards(folder / name, component, files)
+        files[f"{component}/{name}"] = folder / name
+        return read_header(folder / name)
     for path in sorted(folder.glob("*")):
         if path.suffix in PICKLES:
             raise _pickle(path)
         if path.suffix == GGUF:
             raise gguf(path)
     raise DexportError(f"{folder}: no weights: expected {STEMS[0]}.safetensors or {STEMS[1]}.safetensors")
-
-
-def _other_variants(folder: Path, stem: str) -> list[str]:
-    names = [path.name for path in sorted(folder.glob(f"{stem}.*.safetensors"))]
-    return [name.removeprefix(f"{stem}.").removesuffix(".safetensors") for name in names]
 
 
 def _read_shards(index: Path, component: str, files: dict[str, Path]) -> Mapping[str, Stored]:

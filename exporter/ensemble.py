@@ -9,17 +9,17 @@ from one to the other.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from exporter import checkpoint as checkpoints
-from exporter import consistency, hints, steering
+from exporter import consistency, hints, repository, single_file, steering
 from exporter.checkpoint import Checkpoint, TokenizerFiles
 from exporter.families import Shape, Spec, Tokens
-from runtimes import cascade, samplers, subject
+from runtimes import cascade, presets, samplers, subject
 from runtimes.errors import DexportError, Progress, silent
-from runtimes.manifest import File, Stage
+from runtimes.manifest import SourceFile, Stage
 
 if TYPE_CHECKING:
     from exporter.own import OwnModel
@@ -27,6 +27,13 @@ if TYPE_CHECKING:
 HANDOVER = 0.8  # of the way from noise to picture; diffusers' documentation of SDXL, where the refiner begins
 PREFIX = "refiner_"
 MOST_CHUNKS = 64  # of a prompt, beyond all use
+LATENT = frozenset(("vae", "vqvae", "movq", "vqgan"))  # what pipelines call the autoencoder that makes their latents
+# Fields of Origin that are a path beside the first one, and how it is looked for on the hub.
+BESIDE: Mapping[str, Mapping[str, bool]] = {
+    "config": {"weights": False}, "refiner": {}, "prior": {}, "decoder": {"component": True},
+    "motion_adapter": {"component": True}, "image_encoder": {"component": True},
+}  # fmt: skip
+ZERO_SNR = "rescale_betas_zero_snr"
 # Of an autoencoder: what makes its latents those of another one.
 LATENTS = ("latent_channels", "scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
@@ -43,7 +50,12 @@ class Origin:
     checkpoint's and family's; a model that was distilled to need no guidance says so nowhere, and is one with
     ``guidance`` up to 1. Of a model with several ways (runtimes.cascade) they are of the main one. long_prompts: how
     many chunks a prompt may have, each as long as the text encoder takes (75 tokens of CLIP's). motion_adapter: the
-    folder of one that makes a model of pictures one of videos (exporter.motion). frames: of each video.
+    folder of one that makes a model of pictures one of videos (exporter.motion). frames: of each video. scheduler:
+    options of the sampler, by name, as values or text (runtimes.samplers.options). preset: what of sampler, scheduler,
+    steps and guidance is not said, by the name of a distilled model's settings (runtimes.presets).
+
+    Each path may be a repository on the Hugging Face hub instead, "org/name[@revision]", or a file or folder in one
+    (exporter.repository). revision: of the first one. variant: of the weights in folders and repositories, like "fp16".
     """
 
     path: Path | str | OwnModel
@@ -63,6 +75,10 @@ class Origin:
     decoder: Path | str | None = None
     motion_adapter: Path | str | None = None
     frames: int | None = None
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
+    preset: str | None = None
+    revision: str | None = None
+    variant: str | None = None
 
     @classmethod
     def of(cls, checkpoint: Origin | OwnModel | Path | str) -> Origin:
@@ -80,32 +96,96 @@ def read(origin: Origin | OwnModel | Path | str, *, progress: Progress = silent)
     """Read a checkpoint and the one that refines what it draws, if any; ``stages`` finds whether they fit."""
     from exporter import oracle  # with torch, which looking at a checkpoint does not need
 
-    origin = Origin.of(origin)
+    origin = local(_with_preset(Origin.of(origin)), progress)
     if not 1 <= origin.long_prompts <= MOST_CHUNKS:
         raise DexportError(f"long prompts may have 1 to {MOST_CHUNKS} chunks, not {origin.long_prompts}")
     if isinstance(origin.path, Path | str):
         base = checkpoints.read(
             Path(origin.path), config=origin.config, prior=origin.prior, loras=origin.loras,
             embeddings=origin.embeddings, clip_skip=origin.clip_skip,
-            motion_adapter=origin.motion_adapter, progress=progress,
+            motion_adapter=origin.motion_adapter, variant=origin.variant, progress=progress,
         )  # fmt: skip
-        base = oracle.as_diffusers_reads(hints.add(base, origin.controls, origin.ip_adapters, origin.image_encoder))
+        base = hints.add(base, origin.controls, origin.ip_adapters, origin.image_encoder, variant=origin.variant)
+        base = oracle.as_diffusers_reads(base)
     else:
         base = _own(origin.path, origin)
     second = None
     if origin.refiner is not None:
-        second = oracle.as_diffusers_reads(checkpoints.read(Path(origin.refiner), progress=progress))
+        second = checkpoints.read(Path(origin.refiner), variant=origin.variant, progress=progress)
+        second = oracle.as_diffusers_reads(second)
     base, *others = (
-        replace(part, scheduler=samplers.choose(part.scheduler, origin.sampler), chunks=origin.long_prompts)
+        replace(part, scheduler=_chosen(part, origin), chunks=origin.long_prompts)
         for part in (base, second)
         if part is not None
     )
     base = replace(base, refiner=next(iter(others), None), steps=origin.steps, guidance=origin.guidance)
     base = replace(base, frames=origin.frames)
     if origin.decoder is not None:
-        base = checkpoints.add(base, consistency.COMPONENT, Path(origin.decoder), consistency.CLASS)
+        base = checkpoints.add(base, consistency.COMPONENT, Path(origin.decoder), consistency.CLASS, origin.variant)
         consistency.check(base)
     return base
+
+
+def local(origin: Origin, progress: Progress = silent) -> Origin:
+    """The origin with a path on this disk for each repository that it names, downloaded where need be."""
+    if not isinstance(origin.path, Path | str):
+        return origin
+
+    def found(place: Path | str, **how: Any) -> Path:
+        return repository.resolve(place, variant=origin.variant, progress=progress, **how)
+
+    def named(text: Path | str) -> str:  # "NAME=PATH"; a folder of the cache would not do for a name
+        name, equals, place = str(text).partition("=")
+        if not equals or Path(str(text)).exists():
+            name, place = "", str(text)
+        path = found(place, component=True)
+        if not name and path != Path(place):
+            name = hints.Named.parse(place.partition("@")[0]).name
+        return f"{name}={path}" if name else place
+
+    def with_end(text: Path | str) -> str:  # "FILE:END"
+        place, colon, end = str(text).rpartition(":")
+        if not colon or Path(str(text)).exists():
+            place, colon, end = str(text), "", ""
+        return f"{found(place)}{colon}{end}"
+
+    changes: dict[str, Any] = {"path": found(origin.path, revision=origin.revision), "revision": None}
+    for name, how in BESIDE.items():
+        place = getattr(origin, name)
+        if place is not None and not (name == "config" and single_file.is_shipped(place)):
+            changes[name] = found(place, **how)
+    for name, read_one in (("controls", named), ("ip_adapters", named), ("loras", with_end), ("embeddings", with_end)):
+        changes[name] = tuple(map(read_one, getattr(origin, name)))
+    return replace(origin, **changes)
+
+
+def _with_preset(origin: Origin) -> Origin:
+    """The origin with its preset's settings where it has none of its own."""
+    if origin.preset is None:
+        return origin
+    said = {name: getattr(origin, name) for name in ("sampler", "steps", "guidance", "scheduler")}
+    return replace(origin, **presets.settings(origin.preset, said), preset=None)
+
+
+def _chosen(part: Checkpoint, origin: Origin) -> dict[str, Any]:
+    """The scheduler's config of a checkpoint, with the sampler that was asked for in place of its own.
+
+    Latents are not bounded. Where the checkpoint's class has no option of clipping, its config is silent about it, and
+    so a sampler that does clip where nothing is said is told not to.
+    """
+    config = dict(part.scheduler)
+    if not LATENT.isdisjoint(part.components) and not samplers.knows(config.get("_class_name"), "clip_sample"):
+        config.setdefault("clip_sample", False)
+    for own in samplers.options.LISTS:  # which no file of diffusers' holds
+        config.pop(own, None)
+    chosen = samplers.choose(config, origin.sampler, origin.scheduler)
+    in_one_file = not part.in_memory and part.path.is_file()
+    if in_one_file and chosen.get(ZERO_SNR) and not samplers.knows(chosen["_class_name"], ZERO_SNR):
+        raise DexportError(
+            f"{part.path}: it says that its schedule ends in pure noise (ztsnr), which {chosen['_class_name']} cannot "
+            "follow; name a sampler that does, like --sampler ddim or --sampler euler"
+        )
+    return chosen
 
 
 def _own(model: OwnModel, origin: Origin) -> Checkpoint:
@@ -114,7 +194,8 @@ def _own(model: OwnModel, origin: Origin) -> Checkpoint:
 
     if not isinstance(model, own.OwnModel):
         raise DexportError(f"a checkpoint is a path, or a dexport.OwnModel, not {model!r:.60}")
-    if origin != Origin(model, sampler=origin.sampler, steps=origin.steps, guidance=origin.guidance):
+    defaults = {name: getattr(origin, name) for name in ("sampler", "steps", "guidance", "scheduler")}
+    if origin != Origin(model, **defaults):
         raise DexportError(
             "a model of your own takes nothing that is said of files: no refiner, LoRA, ControlNet and the like"
         )
@@ -198,8 +279,9 @@ def _stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
 
 
 def _with_defaults(stage: Stage, asked: Checkpoint, several: bool) -> Stage:
-    if asked.steps is not None:
-        stage = replace(stage, steps=asked.steps)
+    steps = asked.steps or samplers.listed(stage.scheduler)
+    if steps is not None:
+        stage = replace(stage, steps=steps)
     if asked.guidance is None:
         return stage
     if stage.guidance.kind == "none" and asked.guidance > 1:
@@ -230,7 +312,7 @@ def token_inputs(checkpoint: Checkpoint) -> dict[str, tuple[TokenizerFiles, Toke
     return found
 
 
-def source(checkpoint: Checkpoint) -> tuple[File, ...]:
+def source(checkpoint: Checkpoint) -> tuple[SourceFile, ...]:
     """The files that an export depends on; the refiner's in a folder of that name."""
     own = checkpoint.source()
     if checkpoint.refiner is None:

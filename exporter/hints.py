@@ -53,6 +53,7 @@ def add(
     ip_adapters: Sequence[Path | str] = (),
     image_encoder: Path | str | None = None,
     *,
+    variant: str | None = None,
     check: bool = True,
 ) -> Checkpoint:
     """Return the checkpoint with the networks that are its own, and those asked for, as components.
@@ -70,14 +71,14 @@ def add(
     _check_names([*networks, *adapters], {*checkpoint.components, *checkpoint.tokenizers, "scheduler", IMAGE_ENCODER})
     components, files = dict(checkpoint.components), dict(checkpoint.files)
     for named in networks:
-        components[named.name] = _read_folder(named, NETWORKS, files)
+        components[named.name] = _read_folder(named, NETWORKS, files, variant)
     if adapters:
         if image_encoder is None:
             raise DexportError(
                 f"{adapters[0].path}: an IP-Adapter needs the image encoder that it was trained with; give its folder "
                 "with --image-encoder"
             )
-        components[IMAGE_ENCODER] = _read_folder(Named(IMAGE_ENCODER, Path(image_encoder)), (ENCODER,), files)
+        components[IMAGE_ENCODER] = _read_folder(Named(IMAGE_ENCODER, Path(image_encoder)), (ENCODER,), files, variant)
     for index, named in enumerate(adapters):
         unet = components["unet"]
         projection, keys = ip_adapter.split(named.path, _read_file(named.path), unet.entries, index)
@@ -116,7 +117,7 @@ def _check_names(every: Sequence[Named], taken: set[str]) -> None:
         taken.add(named.name)
 
 
-def _read_folder(named: Named, classes: Sequence[str], files: dict[str, Path]) -> Component:
+def _read_folder(named: Named, classes: Sequence[str], files: dict[str, Path], variant: str | None = None) -> Component:
     """The component in a folder of diffusers or transformers; adds the files that it is of to ``files``."""
     folder, used = named.path, {}
     if not folder.is_dir():
@@ -128,7 +129,7 @@ def _read_folder(named: Named, classes: Sequence[str], files: dict[str, Path]) -
     if not found:
         said = next(iter(named_classes), None)
         raise DexportError(f"{folder}: config.json says {said!r:.60}; it must be {' or '.join(classes)}")
-    entries = read_weights(folder, named.name, used)
+    entries = read_weights(folder, named.name, used, variant)
     files |= {f"{named.name}/{path.name}": path for path in used.values()}
     return component(named.name, found[0], folder, config, entries)
 

@@ -20,11 +20,14 @@ if TYPE_CHECKING:
     from exporter.checkpoint import Checkpoint
 
 
-def inspect(path: Path | str, *, config: Path | str | None = None, prior: Path | str | None = None) -> dict[str, Any]:
+def inspect(
+    path: Path | str, *, config: Path | str | None = None, prior: Path | str | None = None, variant: str | None = None
+) -> dict[str, Any]:
     """Describe what lies at ``path``, ready for JSON; ``kind`` is "bundle", "hub" or "checkpoint", sizes are in bytes.
 
     A checkpoint has also what it "needs" (``exporter.estimate``), or why it "cannot be built".
-    ``config``, ``prior``: of a checkpoint, as in ``exporter.checkpoint.read``.
+    ``config``, ``prior``, ``variant``: of a checkpoint, as in ``exporter.ensemble.Origin``; so ``path`` may be a
+    repository on the hub, which is downloaded.
     Hashes are not checked (``verify`` does that) and weights not searched for NaN (``export`` does). Raises
     DexportError for what is none of the three.
     """
@@ -33,7 +36,7 @@ def inspect(path: Path | str, *, config: Path | str | None = None, prior: Path |
         return _bundle(path)
     if (path / bundle.HUB).is_file():
         return _hub(path)
-    return _checkpoint(path, config, prior)
+    return _checkpoint(path, config, prior, variant)
 
 
 def _bundle(path: Path) -> dict[str, Any]:
@@ -131,10 +134,14 @@ def _operators(file: Path) -> dict[str, Any]:
     }
 
 
-def _checkpoint(path: Path, config: Path | str | None, prior: Path | str | None) -> dict[str, Any]:
-    from exporter import checkpoint, hints
+def _checkpoint(path: Path, config: Path | str | None, prior: Path | str | None, variant: str | None) -> dict[str, Any]:
+    from exporter import checkpoint, ensemble, hints
 
-    found = hints.add(checkpoint.read(path, config=config, prior=prior, check=False), check=False)
+    origin = ensemble.local(ensemble.Origin(path, config=config, prior=prior, variant=variant))
+    read = checkpoint.read(
+        Path(str(origin.path)), config=origin.config, prior=origin.prior, variant=variant, check=False
+    )
+    found = hints.add(read, variant=variant, check=False)
     components = {name: _component(c.class_name, c.entries.values()) for name, c in found.components.items()}
     return {
         "kind": "checkpoint",

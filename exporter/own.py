@@ -28,7 +28,7 @@ from exporter.trace import BATCH
 from runtimes import samplers
 from runtimes.check import ASKED
 from runtimes.errors import DexportError
-from runtimes.manifest import File, Guidance, Kind, Labels, Stage, Tensor
+from runtimes.manifest import Guidance, Kind, Labels, SourceFile, Stage, Tensor
 
 PIPELINE = "OwnModel"
 SAMPLER = "dpmpp_2m"  # for a schedule of betas, which names none
@@ -97,7 +97,7 @@ class OwnCheckpoint(Checkpoint):
         """They lie in the modules."""
         return True
 
-    def source(self) -> tuple[File, ...]:
+    def source(self) -> tuple[SourceFile, ...]:
         """The size and the sha256 of each module's weights and buffers, in the order of their names."""
         assert self.own is not None
         return tuple(_file(name, module) for name, module in self.own.modules.items())
@@ -404,14 +404,14 @@ def _held(module: torch.nn.Module) -> dict[str, Held]:
     return {name: Held(name, value) for name, value in (*module.named_parameters(), *module.named_buffers())}
 
 
-def _file(name: str, module: torch.nn.Module) -> File:
+def _file(name: str, module: torch.nn.Module) -> SourceFile:
     """What a module holds as one file of the source: there is none on a disk."""
     digest, size = hashlib.sha256(), 0
     for key, entry in sorted(_held(module).items()):
         digest.update(f"{key} {entry.dtype} {entry.shape}\n".encode())
         digest.update(np.ascontiguousarray(entry.load()).tobytes())
         size += entry.size
-    return File(name, size, digest.hexdigest())
+    return SourceFile(name, size, digest.hexdigest())
 
 
 def _first_line(error: Exception) -> str:

@@ -43,6 +43,18 @@ JUNK = re.compile(
     r"|cond_stage_model\.model\.(text_projection|transformer\.resblocks\.23\..*)"
 )
 SAYING = ("v_pred", "ztsnr")  # of them, what ``scheduler_options`` reads
+NEEDED = {
+    "xl_refiner": "SDXL's refiner; give its diffusers folder, with --refiner beside its base",
+    "upscale": "Stable Diffusion's x4 upscaler, which has no family here",
+    "instruct-pix2pix": "InstructPix2Pix, which edits an image that it is shown, and has no family here",
+    "playground-v2-5": "Playground v2.5, whose schedule and latents are its own; give its diffusers folder",
+    "controlnet": "a ControlNet in one file; convert it to a folder of diffusers "
+    "(ControlNetModel.from_single_file), and give that beside its checkpoint, with --control",
+    "animatediff": "a motion adapter in one file; give its diffusers folder beside its checkpoint, with "
+    "--motion-adapter",
+    "autoencoder-dc": "an autoencoder (DC-AE) alone",
+}
+"""What a file of one of diffusers' kinds is, by how the kind's word begins, and what to do with it."""
 PARTS = (
     (r"(.*[._])?(lora_|hada_|lokr_|oft_)|.*\.(lora_[AB]|lora|lora_down)\.", "a LoRA or another adapter; give it "
      "beside its checkpoint, with --lora"),
@@ -52,7 +64,8 @@ PARTS = (
      "(ControlNetModel.from_single_file), and give that beside its checkpoint, with --control"),
     (r"image_proj\.|ip_adapter\.", "an IP-Adapter; give it beside its checkpoint, with --ip-adapter"),
     (r"(first_stage_model\.)?(encoder|decoder)\.(conv_in|mid|mid_block)", "an autoencoder (VAE) alone"),
-    (r"(down_blocks|up_blocks|mid_block|time_embedding)\.", "one component of a diffusers folder; give the folder"),
+    (r"(down_blocks|up_blocks|mid_block|time_embedding|transformer_blocks|single_transformer_blocks)\.",
+     "one component of a diffusers folder; give the folder"),
     (r"text_model\.|token_embedding\.", "a text encoder alone"),
 )  # fmt: skip
 """What else a .safetensors file may be, by a name that it has."""
@@ -65,33 +78,55 @@ def configuration(file: Path, entries: Mapping[str, Entry], chosen: Path | str |
     what it is where that can be seen, and where only the user can know the kind.
     """
     if chosen is not None:
-        names = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir())
-        folder = CONFIGS / chosen if str(chosen) in names else Path(chosen)
+        folder = CONFIGS / chosen if is_shipped(chosen) else Path(chosen)
         if not folder.is_dir():
             raise DexportError(
-                f"{folder}: no such folder, and no name of a configuration; there are {', '.join(names)}"
+                f"{folder}: no such folder, and no name of a configuration; there are {', '.join(_shipped())}"
             )
         return folder
-    if FIRST not in entries:
-        raise DexportError(f"{file}: {_what(entries)}; a checkpoint in one file holds {FIRST!r}")
     kind = _kind(entries)
     if kind not in KINDS:
-        raise DexportError(f"{file}: a checkpoint of the kind {kind!r}, which is not supported")
+        raise DexportError(f"{file}: {_other(kind)}")
+    if FIRST not in entries:
+        raise DexportError(f"{file}: {_what(entries)}; a checkpoint in one file holds {FIRST!r}")
     if kind == "v2":
         raise DexportError(
             f"{file}: a Stable Diffusion 2, and no file says whether it predicts noise or velocity; give --config "
-            "stable-diffusion-2 for a model of 768 pixels (velocity), or stable-diffusion-2-base for 512 (noise)"
+            "stable-diffusion-2 for a model of 768 pixels (velocity), or stable-diffusion-2-base for one of 512 "
+            "(noise), as SD-Turbo is"
         )
     return CONFIGS / KINDS[kind]
 
 
+def is_shipped(config: Path | str) -> bool:
+    """Whether this is the name of one of ``CONFIGS``."""
+    return str(config) in _shipped()
+
+
+def _shipped() -> list[str]:
+    return sorted(path.name for path in CONFIGS.iterdir() if path.is_dir())
+
+
 def _what(entries: Mapping[str, Entry]) -> str:
-    """Say what a file is that holds no UNet in its training code's names."""
+    """Say what a file is that holds no UNet in its training code's names, and that diffusers knows no kind of."""
     for pattern, words in PARTS:
         if any(re.match(pattern, name) for name in entries):
             return words
-    kind = _kind(entries)
-    return "not a Stable Diffusion checkpoint" + ("" if kind == "v1" else f", but of the kind {kind!r}")
+    return "not a Stable Diffusion checkpoint"
+
+
+def _other(kind: str) -> str:
+    """What a file is of a kind that diffusers knows and that is not read here."""
+    from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS as PUBLISHED
+
+    for start, words in NEEDED.items():
+        if kind.startswith(start):
+            return words
+    place = PUBLISHED.get(kind, {}).get("pretrained_model_name_or_path")
+    return (
+        f"a model of the kind {kind!r}{f', like {place}' if place else ''}; one file is read of Stable Diffusion and "
+        "SDXL alone: give the diffusers folder of the whole model"
+    )
 
 
 def _kind(entries: Mapping[str, Entry]) -> str:

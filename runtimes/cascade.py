@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from math import lcm
 from typing import TYPE_CHECKING, Any
 
+from runtimes import samplers
 from runtimes.errors import DexportError
 from runtimes.manifest import Graph, Model, Stage
 from runtimes.session import Array
@@ -71,6 +72,7 @@ def check_names(stages: Sequence[Stage], what: str, asked: Any) -> None:
 def few(stages: Sequence[Stage], steps: int) -> int | dict[str, int]:
     """What to ask for in a short run of the whole: the main way makes ``steps``, and the others at most as many."""
     every, chosen = ways(stages), main(stages)
+    steps = samplers.listed(chosen[0].scheduler) or steps  # a list of timesteps is as long as it is
     if len(every) == 1:
         return steps
     return {way[0].name: steps if way == chosen else min(steps, way[0].steps) for way in every}

@@ -14,6 +14,7 @@ PACKAGES = {
     "text": ("tokenizers",),
     "plot": ("matplotlib",),
     "video": ("av",),
+    "hub": ("huggingface_hub",),
     "export": ("torch", "diffusers", "transformers", "accelerate", "onnx", "onnx-ir", "onnxscript", "safetensors"),
 }
 """The other extras, with the packages that each brings."""

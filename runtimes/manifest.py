@@ -172,6 +172,13 @@ class File:
 
 
 @dataclass(frozen=True)
+class SourceFile(File):
+    """A file of the checkpoint, and where it was published, "org/name@commit", where that is known."""
+
+    repository: str | None = None
+
+
+@dataclass(frozen=True)
 class Adapter:
     """What was merged into the checkpoint's weights: a file of the source, and how strongly; or for which new word."""
 
@@ -189,7 +196,7 @@ class Model:
     graphs: Mapping[str, Graph]
     tokenizers: tuple[Tokenizer, ...]
     stages: tuple[Stage, ...]
-    source: tuple[File, ...]
+    source: tuple[SourceFile, ...]
     adapters: tuple[Adapter, ...] = field(default_factory=tuple)
     notes: tuple[str, ...] = field(default_factory=tuple)  # on what was left out of the checkpoint, a line each
 

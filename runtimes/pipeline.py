@@ -21,6 +21,7 @@ from runtimes import (
     hints,
     inpaint,
     loop,
+    presets,
     samplers,
     subject,
     timetable,
@@ -32,6 +33,7 @@ from runtimes.image import to_array, to_images, upright
 from runtimes.manifest import Manifest, Model, Stage
 from runtimes.prompts import Prompts
 from runtimes.request import Request, check, scale, start_rule, strength, unused
+from runtimes.request import steps as count_steps
 from runtimes.session import Session, require, run_batched
 from runtimes.target import Target
 from runtimes.video import Video
@@ -91,8 +93,13 @@ class Pipeline:
         pipeline.manifest = manifest
         return pipeline
 
-    def __call__(self, prompt: str | Sequence[str] = (), *, progress: Progress = silent, **settings: Any) -> Result:
-        """Draw; ``settings`` are the fields of ``Request``."""
+    def __call__(
+        self, prompt: str | Sequence[str] = (), *, preset: str | None = None, progress: Progress = silent,
+        **settings: Any,
+    ) -> Result:  # fmt: skip
+        """Draw; ``settings`` are the fields of ``Request``, ``preset`` a name of those that are not given."""
+        if preset is not None:
+            settings = presets.settings(preset, settings)
         given: Any = [prompt] if isinstance(prompt, str) else prompt
         if not isinstance(given, Sequence) or not all(isinstance(one, str) for one in given):
             raise DexportError(f"a prompt must be a text, or a list of them, not {prompt!r:.80}")
@@ -195,10 +202,11 @@ class Pipeline:
         tables: list[samplers.Table] = []
         asked = way == cascade.main(self.model.stages)
         begun = asked and self._begun(request) is not None
-        shape, made = self.sample_shape(request, way[0]), 0
+        shape, steps, made = self.sample_shape(request, way[0]), count_steps(self.model, request, way), 0
         for stage in way:
-            steps = self._steps(request, stage)
-            config = samplers.pick(stage.scheduler, request.sampler if asked else None, image=begun)
+            config = dict(stage.scheduler)
+            if asked:
+                config = samplers.pick(config, request.sampler, request.scheduler, image=begun)
             begin, share = 0, 1.0
             if begun:
                 how = start_rule(self.model, request)
@@ -210,7 +218,7 @@ class Pipeline:
             table = timetable.compile_stage(stage, steps, shape, scheduler=config, begin=begin, strength=share)
             tables.append(replace(table, init_scale=1.0) if tables else table)  # what follows takes a sample as it is
         rows = tuple(row for table in tables for row in table.rows)
-        rows = wording.plan(rows, wording.requests(request, way[0], self._steps(request, way[0]))[1][:made])
+        rows = wording.plan(rows, wording.requests(request, way[0], steps)[1][:made])
         if request.mask is not None and asked and not subject.paints(self.model):
             rows = inpaint.keep(rows)
         steered = [bool(stage.hints) for stage, table in zip(stages, tables, strict=True) for _ in table.rows]
@@ -227,7 +235,7 @@ class Pipeline:
     def _steps(self, request: Request, stage: Stage) -> int:
         """The steps of a stage's way: those asked for, or its own."""
         way = next(way for way in cascade.ways(self.model.stages) if stage in way)
-        return cascade.setting(self.model.stages, way, request.steps) or stage.steps
+        return count_steps(self.model, request, way)
 
     def decode(self, sample: Array, request: Request | None = None) -> Array:
         """Turn the loop's last sample into images, float32 [B, 3, H, W] in [0, 1], or videos, [B, F, 3, H, W]."""
@@ -379,9 +387,7 @@ class Pipeline:
     def _settings(self, request: Request, index: int) -> dict[str, Any]:
         """What makes picture ``index`` again, for its metadata."""
         stages = self.model.stages
-        steps = {
-            way[0].name: cascade.setting(stages, way, request.steps) or way[0].steps for way in cascade.ways(stages)
-        }
+        steps = {way[0].name: count_steps(self.model, request, way) for way in cascade.ways(stages)}
         scales = {way[0].name: _plain(scale(self.model, request, way)) for way in cascade.ways(stages)}
         settings: dict[str, Any] = {
             **subject.settings(self.model, request, index),
@@ -392,6 +398,8 @@ class Pipeline:
             "guidance": scales if len(scales) > 1 else scales[self._main.name],
             "sampler": request.sampler or self._main.scheduler["_class_name"],
         }
+        if request.scheduler:
+            settings["scheduler"] = dict(request.scheduler)
         for name, default in (("guidance_interval", [0.0, 1.0]), ("guidance_rescale", 0.0)):
             if (value := _plain(getattr(request, name))) != default:
                 settings[name] = value

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from runtimes import cascade, guidance, hints, image, subject, video
+from runtimes import cascade, guidance, hints, image, samplers, subject, video
 from runtimes.errors import DexportError
 from runtimes.manifest import Model, Start
 
@@ -39,6 +39,7 @@ class Request:
     guidance_rescale: float = 0.0  # 0 to 1: how far the contrast that guidance adds is taken back
     seed: int = 0
     sampler: str | None = None
+    scheduler: Mapping[str, Any] = field(default_factory=dict)  # options of the main stage's sampler, by name
     size: tuple[int, int] | None = None  # height and width in pixels, where the bundle is of dynamic shape
     # Start from this picture, made noisy by ``strength``; a model that is shown one (superresolution) goes by it.
     image: Image.Image | None = None
@@ -122,6 +123,14 @@ def _number(name: str, value: Any) -> float:
     if not isinstance(value, Real):
         raise DexportError(f"{name} must be a number, not {value!r:.80}")
     return float(value)
+
+
+def steps(model: Model, request: Request, way: cascade.Way) -> int:
+    """A way's number of steps: what is asked for, or as many as a list of timesteps that is asked for has."""
+    asked: int | None = cascade.setting(model.stages, way, request.steps)
+    if asked is None and way == cascade.main(model.stages) and (request.sampler or request.scheduler):
+        asked = samplers.listed(samplers.pick(way[0].scheduler, request.sampler, request.scheduler, image=True))
+    return asked or way[0].steps
 
 
 def scale(model: Model, request: Request, way: cascade.Way) -> float | Sequence[float]:

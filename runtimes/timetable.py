@@ -34,7 +34,7 @@ def compile_stage(
     config = stage.scheduler if scheduler is None else scheduler
     name, overrides = samplers.find(config.get("_class_name"))
     takes = samplers.CLASSES[name].takes
-    spaced = any({**config, **overrides}.get(option) for option in OWN_SIGMAS)
+    spaced = any({**config, **overrides}.get(option) for option in OWN_SIGMAS) or samplers.listed(config) is not None
     even = stage.sigmas == "even" and "sigmas" in takes and not spaced
     return samplers.compile_table(
         config, steps, begin=begin, start=stage.span[0], end=stage.span[1], strength=strength,

@@ -34,6 +34,7 @@ from runtimes.samplers import (
     kinds,
     lms,
     names,
+    options,
     pndm,
     repaint,
     sa,
@@ -41,12 +42,14 @@ from runtimes.samplers import (
     unipc,
 )
 from runtimes.samplers.names import NAMES
+from runtimes.samplers.options import merged
 from runtimes.samplers.sampler import OneOf, Sampler, resolve
 from runtimes.schedule import Ask
 from runtimes.table import Row, Table
 
 __all__ = [
-    "CLASSES", "NAMES", "REFUSED", "OneOf", "Row", "Table", "choose", "compile_table", "default_of", "find", "pick",
+    "CLASSES", "NAMES", "REFUSED", "OneOf", "Row", "Table", "choose", "compile_table", "default_of", "find",
+    "knows", "listed", "pick",
 ]  # fmt: skip
 
 CLASSES: Mapping[str, Sampler] = {
@@ -101,12 +104,15 @@ def compile_table(
     that is made, for models that share it: the timesteps from 1 - end to 1 - start of those that the model was trained
     on, as diffusers' denoising_start and denoising_end. strength: the part of the noise that all steps lie in, for a
     start from an image with a sampler that spreads them over it. Beyond diffusers' options a config may hold "eta"
-    (0 to 1) for DDIM and TCD.
+    (0 to 1) for DDIM and TCD, and "timesteps" or "sigmas", which are taken where none are given.
     Raises DexportError for an unknown sampler and for an option that is not supported at its value.
     """
     name, overrides = find(scheduler.get("_class_name") if sampler is None else sampler)
     found = CLASSES[name]
-    config = resolve(name, found, {**scheduler, **overrides})
+    whole = merged(scheduler, overrides)
+    config = resolve(name, found, whole)
+    if timesteps is None and sigmas is None:
+        timesteps, sigmas = _lists(name, whole)
     if type(steps) is not int or steps < 1:
         raise DexportError(f"steps must be a whole number from 1, not {steps!r}")
     if steps > MOST_STEPS:
@@ -117,7 +123,10 @@ def compile_table(
     if not 0 <= begin < steps:
         raise DexportError(f"the first step must lie between 0 and {steps - 1}, not {begin}")
     if timesteps is not None and len(timesteps) != steps:
-        raise DexportError(f"there are {len(timesteps)} timesteps for {steps} steps; give one for each step")
+        raise DexportError(
+            f"there are {len(timesteps)} timesteps for {steps} steps; give one for each step, or none with --scheduler "
+            "timesteps=none"
+        )
     if sigmas is not None and len(sigmas) != steps + 1:
         raise DexportError(f"there are {len(sigmas)} sigmas for {steps} steps; give one for each step and the end's")
     less = None if strength == 1 else strength
@@ -172,16 +181,20 @@ def _finite(row: Row) -> bool:
     return all(math.isfinite(number) for value in values for number in (value if isinstance(value, tuple) else [value]))
 
 
-def pick(scheduler: Mapping[str, Any], sampler: str | None, *, image: bool) -> dict[str, Any]:
+def pick(
+    scheduler: Mapping[str, Any], sampler: str | None, asked: Mapping[str, Any] | None = None, *, image: bool
+) -> dict[str, Any]:
     """Return a scheduler config with ``sampler`` in place of its own solver, or as it is for None.
 
-    image: whether there is one to start from. Raises DexportError for a sampler that there is none of, that is for
-    another kind of model than the config's, or that needs an image.
+    asked: options by name, as values or as text (``options.read``), of the class that is then its own. image: whether
+    there is one to start from. Raises DexportError for a sampler that there is none of, that is for another kind of
+    model than the config's, or that needs an image, and for options that it does not have.
     """
     config = dict(scheduler)
-    if sampler is not None:
-        name, overrides = find(sampler)
-        config |= {"_class_name": name, **overrides}
+    if sampler is not None or asked:
+        name, overrides = find(config.get("_class_name") if sampler is None else sampler)
+        config = merged(config, {"_class_name": name, **overrides})
+        config = merged(config, options.read(name, CLASSES[name], asked or {}))
         try:
             own, _ = find(scheduler.get("_class_name"))
         except DexportError:
@@ -193,14 +206,37 @@ def pick(scheduler: Mapping[str, Any], sampler: str | None, *, image: bool) -> d
     return config
 
 
-def choose(scheduler: Mapping[str, Any], sampler: str | None) -> dict[str, Any]:
+def choose(scheduler: Mapping[str, Any], sampler: str | None, asked: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """As ``pick`` for a bundle, which must draw without an image; also refuses options that are not supported."""
-    config = pick(scheduler, sampler, image=sampler is None)
+    config = pick(scheduler, sampler, asked, image=sampler is None)
     name, overrides = find(config.get("_class_name"))
-    dynamic = resolve(name, CLASSES[name], {**config, **overrides}).get("use_dynamic_shifting")
+    dynamic = resolve(name, CLASSES[name], merged(config, overrides)).get("use_dynamic_shifting")
     # A shift by resolution is known when there is one; any does here.
-    compile_table(config, 1, mu=1.0 if dynamic and "mu" in CLASSES[name].takes else None)
+    compile_table(config, listed(config) or 1, mu=1.0 if dynamic and "mu" in CLASSES[name].takes else None)
     return config
+
+
+def listed(config: Mapping[str, Any]) -> int | None:
+    """How many steps a config's own list of timesteps or sigmas has; None where it has none that its class takes."""
+    timesteps, sigmas = _lists(find(config.get("_class_name"))[0], config)
+    return len(sigmas) - 1 if sigmas is not None else None if timesteps is None else len(timesteps)
+
+
+def _lists(name: str, config: Mapping[str, Any]) -> tuple[Sequence[float] | None, Sequence[float] | None]:
+    """The lists that a config holds in place of a spacing; a class that takes none of a kind ignores it.
+
+    The 0 at the end of sigmas may be left out, as it is in diffusers for flow matching.
+    """
+    takes = CLASSES[name].takes
+    timesteps, sigmas = (config.get(what) if what in takes else None for what in options.LISTS)
+    if sigmas is not None and sigmas[-1] != 0:
+        sigmas = [*sigmas, 0.0]
+    return timesteps, sigmas
+
+
+def knows(scheduler: Any, option: str) -> bool:
+    """Whether a diffusers class has an option; a class that is not in CLASSES has none."""
+    return scheduler in CLASSES and option in CLASSES[scheduler].options
 
 
 def default_of(scheduler: str, option: str) -> Any:

@@ -16,7 +16,9 @@ ROUNDING = 1e-12  # of the largest term: what is smaller is what a difference of
 REGISTERS = ("X", "S", "M", "H0", "H1", "H2", "H3", "Z")
 
 
-def describe(name: str, *, steps: int = 20, source: Path | str | None = None) -> dict[str, Any]:
+def describe(
+    name: str, *, steps: int = 20, source: Path | str | None = None, scheduler: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Compile the sampler ``name`` and return, ready for JSON::
 
         {"sampler": diffusers class, "steps", "calls", "init_scale",
@@ -26,11 +28,14 @@ def describe(name: str, *, steps: int = 20, source: Path | str | None = None) ->
     rounding noise. sigma is the ratio of noise to signal at a step's first call; None at its others, and where there is
     no signal. calls: whether the row calls the model; above it is how many do. clip and threshold bound H0, deviation
     is Z's where the model learned it: see runtimes.table. source: a checkpoint, hub, bundle or scheduler_config.json
-    whose schedule is taken; the defaults of the class for None.
-    Raises DexportError for an unknown sampler, wrong steps, and a source that has no schedule.
+    whose schedule is taken; the defaults of the class for None. scheduler: options of the sampler, by name.
+    Raises DexportError for an unknown sampler, wrong steps or options, and a source that has no schedule.
     """
-    scheduler = {} if source is None else scheduler_of(Path(source))
-    table = samplers.compile_table(scheduler, steps, sampler=name)
+    config = {} if source is None else scheduler_of(Path(source))
+    class_name, implied = samplers.find(name)
+    config = samplers.options.merged(config, {"_class_name": class_name, **implied})
+    asked = samplers.options.read(class_name, samplers.CLASSES[class_name], scheduler or {})
+    table = samplers.compile_table(samplers.options.merged(config, asked), steps)
     return {
         "sampler": samplers.find(name)[0],
         "steps": steps,

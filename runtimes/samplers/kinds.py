@@ -77,6 +77,8 @@ def check(own: str, scheduler: Mapping[str, Any], name: str, config: Mapping[str
     config: the scheduler's with the options that the other sampler's name implies.
     """
     if why := _misfit(own, scheduler, name, config, classes):
+        if name == own:
+            raise DexportError(f"{why}; leave them out")
         fit = [short for short, (other, implied) in NAMES.items() if _fits(own, scheduler, other, implied, classes)]
         fit = fit or [other for other in classes if _fits(own, scheduler, other, {}, classes)]
         raise DexportError(f"{why}; take {', '.join(fit[:SHOWN])}, or leave the sampler out")
@@ -85,10 +87,11 @@ def check(own: str, scheduler: Mapping[str, Any], name: str, config: Mapping[str
 def _misfit(own: str, scheduler: Mapping[str, Any], name: str, config: Mapping[str, Any], classes: Classes) -> str:
     """Why not, or "". The class that the checkpoint brings always fits."""
     model, needed = kind_of(own, scheduler, classes), kind_of(name, config, classes)
+    if model != needed:
+        how = " with these options" if name == own else ""
+        return f"{name}{how} is for {KINDS[needed]}, and this checkpoint is {KINDS[model]}"
     if name == own:
         return ""
-    if model != needed:
-        return f"{name} is for {KINDS[needed]}, and this checkpoint is {KINDS[model]}"
     predicted = scheduler.get("prediction_type") or "epsilon"
     if needed == "diffusion" and "prediction_type" not in classes[name].options and predicted != "epsilon":
         return f"{name} is for a model that predicts epsilon, and this checkpoint has prediction_type={predicted!r:.60}"

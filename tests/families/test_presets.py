@@ -1,0 +1,101 @@
+"""Presets and options of the scheduler, at run and at build: diffusers' own pipeline with the same arguments."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+from diffusers import StableDiffusionPipeline
+
+from exporter import ensemble
+from exporter.build import build
+from exporter.ensemble import Origin
+from exporter.families import Shape
+from runtimes import presets, samplers
+from runtimes.errors import DexportError
+from runtimes.pipeline import Pipeline
+from runtimes.presets import PRESETS
+from runtimes.request import Request
+from tests.families import harness
+
+WORDS = "red apple"
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    (made,) = build(tiny_sd, tmp_path_factory.mktemp("bundle") / "b", targets="onnxruntime")
+    return Pipeline.load(made.folder)
+
+
+def pipe_of(folder: Path, sampler: str, options: dict[str, Any]) -> Any:
+    """diffusers' pipeline of a folder with a scheduler ``from_config``."""
+    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype="float32")
+    pipe.set_progress_bar_config(disable=True)
+    name, implied = samplers.find(sampler)
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **implied, **options)
+    return pipe
+
+
+@pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if preset.sampler != "flow_euler"])
+def test_a_preset_is_diffusers_pipeline_with_the_cards_arguments(name: str, bundle: Pipeline, tiny_sd: Path) -> None:
+    preset = PRESETS[name]
+    options = {key: value for key, value in preset.scheduler.items() if key not in ("eta", "timesteps")}
+    told = {key: value for key, value in preset.scheduler.items() if key in ("eta", "timesteps")}
+    steps = {} if "timesteps" in told else {"num_inference_steps": preset.steps}
+    pipe = pipe_of(tiny_sd, preset.sampler, options)
+    expected = harness.theirs(pipe, prompt=WORDS, guidance_scale=preset.guidance, **steps, **told)
+    asked = presets.settings(name, {})
+    got = harness.ours(bundle, Request([WORDS], **asked))
+    assert abs(got - expected).max() < 1e-3
+    if preset.guidance > 1:
+        return
+    # The call by name is the same, and what is given beside it counts.
+    result = bundle(WORDS, preset=name, seed=3)
+    assert result.settings[0]["steps"] == preset.steps and result.settings[0]["guidance"] == preset.guidance
+    assert result.settings[0].get("scheduler", {}) == preset.scheduler
+
+
+def test_what_is_given_beside_a_preset_counts(bundle: Pipeline) -> None:
+    settings = bundle(WORDS, preset="dmd2-4step", scheduler={"timesteps": [900, 500]}, guidance=2).settings[0]
+    assert (settings["steps"], settings["guidance"]) == (2, 2.0)
+    settings = bundle(WORDS, preset="hyper-4step", steps=3, sampler="ddpm").settings[0]
+    assert (settings["steps"], settings["sampler"]) == (3, "ddpm")
+    with pytest.raises(DexportError, match=r"no preset 'x'; there are lcm, "):
+        bundle(WORDS, preset="x")
+    with pytest.raises(DexportError, match="FlowMatchEulerDiscreteScheduler is for a flow-matching model"):
+        bundle(WORDS, preset="hyper-flux-8step")
+
+
+@pytest.mark.parametrize("name", ["dmd2-4step", "lightning-4step", "hyper-8step-cfg"])
+def test_a_preset_at_build_is_the_bundles_default(name: str, tiny_sd: Path, tmp_path: Path) -> None:
+    """Sampler, options, steps and guidance are in the manifest, and the run without a word of them is diffusers'."""
+    preset = PRESETS[name]
+    (made,) = build(Origin(tiny_sd, preset=name), tmp_path / "b", targets="onnxruntime")
+    pipeline = Pipeline.load(made.folder)
+    (stage,) = pipeline.model.stages
+    assert (stage.steps, stage.guidance.scale) == (preset.steps, preset.guidance)
+    assert stage.guidance.kind == ("cfg" if preset.guidance > 1 else "none")
+    assert {**stage.scheduler, **preset.scheduler} == stage.scheduler
+    assert json.loads((made.folder / "dexport.json").read_text())["model"]["stages"][0]["steps"] == preset.steps
+    told = {"timesteps": [999, 749, 499, 249]} if name == "dmd2-4step" else {"num_inference_steps": preset.steps}
+    options = {} if name == "dmd2-4step" else {"timestep_spacing": "trailing"}
+    pipe = pipe_of(tiny_sd, preset.sampler, options)
+    expected = harness.theirs(pipe, prompt=WORDS, guidance_scale=preset.guidance, **told)
+    assert abs(harness.ours(pipeline, Request([WORDS])) - expected).max() < 1e-3
+
+
+def test_options_at_build_are_checked_before_anything_is_made(tiny_sd: Path, tmp_path: Path) -> None:
+    for origin, words in (
+        (Origin(tiny_sd, scheduler={"spacing": "trailing"}), "has no option 'spacing'"),
+        (Origin(tiny_sd, preset="none"), "no preset 'none'"),
+        (Origin(tiny_sd, scheduler={"timesteps": [9, 5]}, steps=4), "2 timesteps for 4 steps"),
+    ):
+        with pytest.raises(DexportError, match=words):
+            build(origin, tmp_path / "b", targets="onnxruntime")
+        assert not (tmp_path / "b").exists()
+    read = ensemble.read(Origin(tiny_sd, scheduler={"timesteps": [9, 5]}))
+    (stage,) = ensemble.stages(read, Shape(64, 64, free=False))
+    assert stage.steps == 2 and stage.scheduler["timesteps"] == [9, 5]
