@@ -116,6 +116,7 @@ def prove(
     accuracy = {
         "gate": "passed",
         "reference": reference.oracle,
+        **({"not compared": dict(reference.left)} if reference.left else {}),
         **subject.settings(model, reference.request, 0),
         "steps": reference.request.steps,
         "band": asdict(bands),

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ class Reference:
     """What a bundle must follow: the cases, that at default settings first, and calls of torch modules by graph.
 
     oracle: whose runs these are, for the manifest. subject: the prompt, class or number at default settings. tokens: of
-    its prompt, by the text graphs' inputs.
+    its prompt, by the text graphs' inputs. left: cases that diffusers' own class does not run, with what it says.
     """
 
     oracle: str
@@ -79,6 +79,7 @@ class Reference:
     cases: tuple[Case, ...]
     calls: Mapping[str, tuple[Call, ...]]
     tokens: Mapping[str, Array]
+    left: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def request(self) -> Request:
@@ -138,16 +139,21 @@ def record(checkpoint: Checkpoint, model: Model, hub: Path, progress: Progress =
     open_graph = one_at_a_time(lambda name: TorchSession(checkpoint, name, model.graphs[name], calls[name], pixels))
     pipes = oracle.pipelines(checkpoint)
     asked = list(_asked(checkpoint, model, pipes))
-    cases = []
+    cases, left = [], {}
     for index, (name, kind, request, explicit) in enumerate(asked):
         share = _within(progress, index / len(asked), 1 / len(asked))
         if not pipes:
             cases.append(_alone(name, Pipeline(model, hub, open_graph), request, share))
             break
-        used = [oracle.with_class(pipes[0], kind)] if kind else pipes
-        run = oracle_run.run(
-            used, Pipeline(model, hub, open_graph), request, explicit=explicit, progress=_within(share, 0, 0.7)
-        )
+        ours = Pipeline(model, hub, open_graph)
+        try:
+            used = [oracle.with_class(pipes[0], kind)] if kind else pipes
+            run = oracle_run.run(used, ours, request, explicit=explicit, progress=_within(share, 0, 0.7))
+        except DexportError as error:
+            if not kind:
+                raise
+            left[name] = str(error)  # diffusers' class for this task is not for this checkpoint
+            continue
         follower = Following(model, hub, open_graph, run, f"{type(used[-1]).__name__}, {name}")
         cases.append(follower.follow(name, request, _within(share, 0.7, 0.3)))
         del run, follower
@@ -158,7 +164,7 @@ def record(checkpoint: Checkpoint, model: Model, hub: Path, progress: Progress =
     whose = f"diffusers {' and '.join(type(pipe).__name__ for pipe in pipes)}" if pipes else "torch modules alone"
     tokens = prompt_tokens(Pipeline(model, hub, open_graph).prompts, model.stages, cases[0].request)
     return Reference(
-        whose, example.one(model), tuple(cases), {name: tuple(kept) for name, kept in calls.items()}, tokens
+        whose, example.one(model), tuple(cases), {name: tuple(kept) for name, kept in calls.items()}, tokens, left
     )
 
 
@@ -203,7 +209,7 @@ def _asked(
             model, example.one(model), masked=task == "inpainting", steps=cascade.few(model.stages, IMAGE_STEPS),
             strength=IMAGE_STRENGTH,
         )  # fmt: skip
-        yield task, kind, begun, default
+        yield task, kind, begun, said | {"guidance"}  # classes of one family have other defaults of it
 
 
 def size(model: Model) -> tuple[int, int] | None:
