@@ -36,7 +36,7 @@ class Row:
     deviation: () for Z of unit variance, or (a, b, power), by which Z is of the deviation exp(a + b V) V^power.
     known: () or the factors of a known image and of Z, as noisy as the sample is after the row. calls: whether the
     model is called; M is 0 where it is not. level: () or, where the row begins a step, the factors of signal and noise
-    in the sample before it.
+    in the sample before it (in PNDM's Runge-Kutta steps, at each call).
     guidance: the scale of guidance at this call, which the model, not the loop, applies; at most 1: none. hints:
     likewise the scale of each picture that steers the model (runtimes.hints). wording: likewise which of the wordings
     of the prompts it is told (runtimes.wording).

@@ -96,7 +96,7 @@ def parse(prompt: str) -> tuple[Node, ...]:
             stack.pop()
             stack[-1].parts[-1] += top.closed() if mark == "]" else [*top.text(), ")"]
         else:
-            top.parts[-1].append(mark)
+            top.parts[-1].append(mark[1:] if top.mark == "[" and mark in ("\\:", "\\|") else mark)
     while len(stack) > 1:  # brackets that nothing closes
         top = stack.pop()
         stack[-1].parts[-1] += top.text()

@@ -62,9 +62,9 @@ def _runge_kutta(times: Sequence[int], half: int, transfer: Transfer, bars: Floa
         k1, k2, k3, k4 = H1, H0, (X - of_start * S) / of_output, M
         rows += [
             row(t, transfer(t, t - half, X, M), h=M, s=X, shift=True, level=noised(bars[t])),
-            row(middle, transfer(t, middle, S, M), h=M),
-            row(middle, third),
-            row(to, transfer(t, to, S, (k1 + 2 * k2 + 2 * k3 + k4) / 6)),
+            row(middle, transfer(t, middle, S, M), h=M, level=noised(bars[middle])),
+            row(middle, third, level=noised(bars[middle])),
+            row(to, transfer(t, to, S, (k1 + 2 * k2 + 2 * k3 + k4) / 6), level=noised(bars[to])),
         ]
     return rows
 

@@ -15,24 +15,29 @@ import onnx
 import onnx.numpy_helper
 import pytest
 
-from exporter import checkpoint, gate, hub
-from runtimes.accuracy import BANDS
+from exporter import ensemble, gate, hub, record, spread
+from exporter.record import Reference
 from runtimes.backends import openvino
 from runtimes.errors import GateError
-from runtimes.manifest import Model
+from runtimes.manifest import Bands, Model
 from runtimes.safetensors import read_header
+from runtimes.session import one_at_a_time
 
 EMOJI = Path(__file__).parents[2] / "examples/emoji/model"
 # OpenVINO's arithmetic stands for each precision: what it does in f32 and bf16 is what the bands allow for.
 HINTS = {"fp32": "f32", "fp16": "f32", "bf16": "bf16", "int8": "bf16", "fp8": "bf16"}
 Spoil = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
+Recorded = tuple[Model, Path, Reference, dict[str, Bands]]  # the bands by precision
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Path, gate.Reference]:
+def built(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     folder = tmp_path_factory.mktemp("gate") / "hub"
-    model = hub.export(EMOJI, folder)
-    return model, folder, gate.record(checkpoint.read(EMOJI), model, folder)
+    source = ensemble.read(EMOJI)
+    model = hub.export(source, folder)
+    reference = record.record(source, model, folder)
+    noise = spread.measure(source, model, reference.calls, list(HINTS), record.size(model))
+    return model, folder, reference, {precision: spread.bands(noise, model, precision) for precision in HINTS}
 
 
 @contextmanager
@@ -53,15 +58,15 @@ def spoiled(file: Path, spoil: Spoil) -> Iterator[Path]:
         wrong.unlink()
 
 
-def prove(built: tuple[Model, Path, gate.Reference], precision: str, wrong: dict[str, Path]) -> gate.Proof:
-    model, folder, reference = built
+def prove(built: Recorded, precision: str, wrong: dict[str, Path]) -> gate.Proof:
+    model, folder, reference, bands = built
 
     @memoize
     def open_graph(name: str) -> Any:
         graph = replace(model.graphs[name], properties={"INFERENCE_PRECISION_HINT": HINTS[precision]})
         return openvino.open(wrong.get(name, folder / graph.file), graph, "cpu", 2, None)
 
-    return gate.prove(reference, model, folder, precision, open_graph)
+    return gate.prove(reference, model, folder, precision, bands[precision], open_graph)
 
 
 def bias_dropped(name: str) -> Spoil:
@@ -74,14 +79,16 @@ def scale_swapped(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_right_graphs_pass_with_room(built: tuple[Model, Path, gate.Reference], precision: str) -> None:
-    proof = prove(built, precision, {})
-    assert proof.accuracy["gate"] == "passed"
-    assert len(proof.accuracy["latents_sqnr_db"]) == gate.STEPS
-    timesteps = [call["timestep"] for call in proof.accuracy["graphs"]["denoiser"]]
-    assert len(set(timesteps)) == gate.STEPS
-    worst = min(call["sqnr_db"] for calls in proof.accuracy["graphs"].values() for call in calls)
-    assert worst > BANDS[precision].graph + 3
+def test_right_graphs_pass_with_room(built: Recorded, precision: str) -> None:
+    accuracy = prove(built, precision, {}).accuracy
+    assert accuracy["gate"] == "passed" and accuracy["reference"] == "diffusers StableDiffusionPipeline"
+    steps = {name: len(drift) for name, drift in accuracy["latents_sqnr_db"].items()}
+    assert steps == {"default settings": 6, "other settings": 2, "image to image": 1, "inpainting": 1}
+    timesteps = [call["timestep"] for call in accuracy["graphs"]["denoiser"]]
+    assert len(set(timesteps)) >= 3
+    for name, calls in accuracy["graphs"].items():
+        worst = min(call["sqnr_db"] for call in calls)
+        assert worst > accuracy["band"]["graphs"][name] + 1, name
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
@@ -97,13 +104,14 @@ def test_right_graphs_pass_with_room(built: tuple[Model, Path, gate.Reference], 
     ],
     ids=["input bias", "output bias", "swapped scales", "decoder bias", "encoder bias", "text bias"],
 )
-def test_wrong_graphs_fail(built: tuple[Model, Path, gate.Reference], precision: str, graph: str, spoil: Spoil) -> None:
-    model, folder, reference = built
+def test_wrong_graphs_fail(built: Recorded, precision: str, graph: str, spoil: Spoil) -> None:
+    model, folder, reference, bands = built
     with (
         spoiled(folder / model.graphs[graph].file, spoil) as wrong,
         pytest.raises(GateError, match=f"gate for {precision} failed: graph {graph}") as error,
     ):
-        prove((model, folder, replace(reference, calls={graph: reference.calls[graph]})), precision, {graph: wrong})
+        only = replace(reference, calls={graph: reference.calls[graph]})
+        prove((model, folder, only, bands), precision, {graph: wrong})
     assert error.value.exit_code == 1
     assert "\n" not in str(error.value)
 
@@ -117,10 +125,15 @@ def scale_doubled(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     ("precision", "wrong_denoiser"), [("int8", bias_dropped("conv_in.bias")), ("fp8", scale_doubled)]
 )
 def test_8_bits_stop_a_broken_denoiser_and_hold_the_graphs_beside_it_to_their_own_band(
-    built: tuple[Model, Path, gate.Reference], precision: str, wrong_denoiser: Spoil
+    built: Recorded, precision: str, wrong_denoiser: Spoil
 ) -> None:
     """A wrong bias behind the last layer is no larger than their own noise: that is for the budget of a build."""
-    model, folder, reference = built
+    model, folder, reference, bands = built
+    bands = {
+        precision: replace(
+            bands[precision], graphs={**bands["bf16"].graphs, "denoiser": bands[precision].graphs["denoiser"]}
+        )
+    }
     beside = {name: replace(graph, properties={"precision": "bf16"}) for name, graph in model.graphs.items()}
     graphs = replace(model, graphs=beside | {"denoiser": model.graphs["denoiser"]})
     for name, spoil in (("denoiser", wrong_denoiser), ("decoder", bias_dropped("conv_out.bias"))):
@@ -128,25 +141,29 @@ def test_8_bits_stop_a_broken_denoiser_and_hold_the_graphs_beside_it_to_their_ow
             spoiled(folder / model.graphs[name].file, spoil) as wrong,
             pytest.raises(GateError, match=f"gate for {precision} failed: graph {name}"),
         ):
-            prove((graphs, folder, replace(reference, calls={name: reference.calls[name]})), precision, {name: wrong})
+            only = replace(reference, calls={name: reference.calls[name]})
+            prove((graphs, folder, only, bands), precision, {name: wrong})
 
 
-def test_golden_vectors_are_one_recorded_call_of_each_graph(
-    built: tuple[Model, Path, gate.Reference], tmp_path: Path
-) -> None:
-    model, _, reference = built
+def test_golden_values_are_a_call_of_each_graph_and_the_run(built: Recorded, tmp_path: Path) -> None:
+    model, _, reference, _ = built
     gate.write_golden(reference, tmp_path / "golden.safetensors")
     entries = read_header(tmp_path / "golden.safetensors")
     for name, graph in model.graphs.items():
         for side, tensors in (("inputs", graph.inputs), ("outputs", graph.outputs)):
             for tensor in tensors:
                 assert entries[f"{name}/{side}/{tensor.name}"].shape == (1, *tensor.shape[1:])
-    assert len(entries) == sum(len(graph.inputs) + len(graph.outputs) for graph in model.graphs.values())
+    assert entries["run/tokens/tokens"].load().tolist() == entries["text/inputs/tokens"].load().tolist()
+    assert (entries["text/inputs/tokens"].load() == entries["text/inputs/tokens"].load()[0, -1]).mean() < 1
+    for index, latents in enumerate(reference.cases[0].latents):
+        np.testing.assert_allclose(entries[f"run/latents/{index}"].load(), latents, rtol=1e-6, atol=1e-7)
+    tensors = sum(len(graph.inputs) + len(graph.outputs) for graph in model.graphs.values())
+    assert len(entries) == tensors + 1 + len(reference.cases[0].latents)
 
 
-def test_one_graph_is_in_memory_at_a_time(built: tuple[Model, Path, gate.Reference]) -> None:
+def test_one_graph_is_in_memory_at_a_time(built: Recorded) -> None:
     """Else the largest graph's memory would stand beside the next one's."""
-    model, folder, reference = built
+    model, folder, reference, bands = built
     alive: WeakSet[Any] = WeakSet()
 
     def load(name: str) -> Any:
@@ -155,4 +172,4 @@ def test_one_graph_is_in_memory_at_a_time(built: tuple[Model, Path, gate.Referen
         alive.add(session)
         return session
 
-    gate.prove(reference, model, folder, "fp32", gate.one_at_a_time(load))
+    gate.prove(reference, model, folder, "fp32", bands["fp32"], one_at_a_time(load))

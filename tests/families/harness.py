@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from calibration import islands
+from exporter import checkpoint, ensemble, hub, record
 from exporter import compile as compilers
-from exporter import hub
 from exporter.build import build
 from exporter.ensemble import HANDOVER, Origin
+from exporter.families import Shape
 from exporter.inspect import inspect as describe
 from runtimes import cascade, subject
 from runtimes.bench import bench
+from runtimes.manifest import Graph, Model
 from runtimes.pipeline import Pipeline
 from runtimes.request import Request
 from runtimes.session import backend
@@ -61,6 +64,19 @@ def build_all(checkpoint: Path, folder: Path, shape: tuple[int, int] | None = No
         shape=shape,
     )  # fmt: skip
     return Built(checkpoint, folder / "hub", {item.target: item.folder for item in made})
+
+
+def untraced(folder: Path, tokenizers: Path, shape: Shape) -> Pipeline:
+    """The torch functions of a checkpoint behind our pipeline, without the time that it takes to export them."""
+    source = checkpoint.read(folder)
+    graphs = {
+        name: Graph(spec.kind, f"{name}/model.onnx", spec.inputs, spec.outputs, sizes=spec.sizes)
+        for name, spec in ensemble.specs(source, shape).items()
+    }
+    words, stages = hub._write_tokenizers(source, tokenizers), ensemble.stages(source, shape)
+    model = Model(source.family.NAME, source.pipeline, graphs, words, stages, ())
+    opened = cache(lambda name: record.TorchSession(source, name, graphs[name], []))
+    return Pipeline(model, tokenizers, opened)
 
 
 def prove(made: Built) -> dict[str, Any]:

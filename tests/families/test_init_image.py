@@ -15,15 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-from exporter import checkpoint, ensemble, gate, hub
+from exporter import ensemble
 from exporter.families import Shape
 from runtimes import samplers
 from runtimes.errors import DexportError
-from runtimes.manifest import Graph, Model
 from runtimes.pipeline import Pipeline
 from runtimes.request import Request
 from tests.families import small, small_cascades, small_flow, small_hints, small_transformers
-from tests.families.harness import Array, draw, hole, picture, same_noise
+from tests.families.harness import Array, draw, hole, picture, same_noise, untraced
 
 # torch's arrays and numpy's newest differ on this inside of diffusers.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -108,19 +107,6 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Both]:
         return Both(case, ours, *(opened_class(kind, folder / "checkpoint") for kind in (case.image, case.mask)))
 
     return make
-
-
-def untraced(folder: Path, tokenizers: Path, shape: Shape) -> Pipeline:
-    """The torch functions of a checkpoint behind our pipeline, without the time that it takes to export them."""
-    source = checkpoint.read(folder)
-    graphs = {
-        name: Graph(spec.kind, f"{name}/model.onnx", spec.inputs, spec.outputs, sizes=spec.sizes)
-        for name, spec in ensemble.specs(source, shape).items()
-    }
-    words, stages = hub._write_tokenizers(source, tokenizers), ensemble.stages(source, shape)
-    model = Model(source.family.NAME, source.pipeline, graphs, words, stages, ())
-    opened = cache(lambda name: gate.TorchSession(source, name, graphs[name], []))
-    return Pipeline(model, tokenizers, opened)
 
 
 def opened_class(kind: str | None, folder: Path) -> Any:

@@ -17,6 +17,7 @@ from exporter import checkpoint, hub, tokenizer
 from exporter import compile as compilers
 from exporter.checkpoint import Checkpoint
 from exporter.ensemble import Origin
+from exporter.families import Shape
 from runtimes.accuracy import psnr
 from runtimes.backends import onnxruntime
 from runtimes.errors import DexportError
@@ -26,7 +27,7 @@ from runtimes.request import Request
 from runtimes.session import backend
 from runtimes.target import Target
 from runtimes.verify import verify
-from tests.families.harness import Built, build_all, draw, same_noise
+from tests.families.harness import Built, build_all, draw, picture, same_noise, untraced
 from tests.families.small import sd_2, sdxl, write_ddpm
 from tests.families.test_families import LATENTS, PICTURES
 
@@ -213,6 +214,135 @@ def test_an_engine_takes_every_number_of_chunks(xl: tuple[Built, Theirs], tmp_pa
     target = Target.parse("tensorrt:sm89")
     built = compilers.compile_graph(xl[0].hub / graph.file, graph, tmp_path / "denoiser", target, "fp32")
     assert (tmp_path / built.file).stat().st_size > 10_000
+
+
+def test_break_starts_another_chunk(xl: tuple[Built, Theirs]) -> None:
+    """Each chunk is filled up by itself; the pooled state is the first one's."""
+    built, theirs = xl
+    pipeline = built.pipeline("onnxruntime")
+    prompts = ["red apple BREAK (a:1.0) table BREAK", "BREAK a"]
+    latents, _ = draw(pipeline, Request(prompts, "a", steps=STEPS, guidance=GUIDANCE))
+    rows = []
+    for chunks in (("red apple", "a table"), ("", "a")):
+        found = [embeds(theirs.encoders, [(text, 1.0)], 1) for text in chunks]
+        rows.append((torch.cat([states for states, _ in found], dim=1), found[0][1]))
+    states, pooled = embeds(theirs.encoders, [("a", 1.0)], 2)
+    kept = []
+    with same_noise():
+        theirs.pipe(
+            prompt_embeds=torch.cat([own for own, _ in rows]), negative_prompt_embeds=states.repeat(2, 1, 1),
+            pooled_prompt_embeds=torch.cat([own for _, own in rows]), num_inference_steps=STEPS,
+            negative_pooled_prompt_embeds=pooled.repeat(2, 1), guidance_scale=GUIDANCE, output_type="latent",
+            callback_on_step_end=lambda pipe, index, t, values: kept.append(values["latents"]) or values,
+        )  # fmt: skip
+    assert np.abs(latents - kept[-1].numpy()).max() <= LATENTS
+    assert not pipeline(prompts[0], steps=1).warnings
+    assert pipeline.prompts.tokenize(pipeline.model.stages[0], ["a BREAK b BREAK c BREAK d"]).cut == ["d"]
+
+
+@pytest.fixture(scope="module", params=["sd", "xl"])
+def changing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pipeline, Any]:
+    """The torch model behind our pipeline, and diffusers' own."""
+    folder = tmp_path_factory.mktemp(f"changing-{request.param}")
+    {"sd": sd_2, "xl": sdxl}[request.param](folder / "checkpoint")
+    return untraced(folder / "checkpoint", folder / "tokenizers", Shape(32, 32, free=False)), opened(
+        folder / "checkpoint"
+    )
+
+
+# What is asked, and the prompt and the negative prompt at each call of the model.
+CHANGES: dict[str, tuple[dict[str, Any], list[tuple[str, str]]]] = {
+    "a count": ({"prompts": ["a [red:green:1] apple"]}, [("a red apple", "")] + [("a green apple", "")] * 3),
+    "a share": ({"prompts": ["a [red::0.5] apple"]}, [("a red apple", "")] * 2 + [("a  apple", "")] * 2),
+    "by turns": (
+        {"prompts": ["[red|green] apple"], "negative_prompt": "[a:table:3]"},
+        [("red apple", "a"), ("green apple", "a"), ("red apple", "a"), ("green apple", "table")],
+    ),
+    "two calls a step": (
+        {"prompts": ["[red:green:2] apple"], "sampler": "heun"},
+        [("red apple", "")] * 4 + [("green apple", "")] * 3,
+    ),
+    "text": (
+        {"prompts": ["[red:green:2] apple"], "prompt_weights": False},
+        [("[red:green:2] apple", "")] * 4,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_words_change_at_their_step(changing: tuple[Pipeline, Any], case: str) -> None:
+    """As diffusers draws if the prompt's states are exchanged after each of its steps."""
+    ours, pipe = changing
+    asked, words = CHANGES[case]
+    latents, _ = draw(ours, Request(**asked, steps=4, guidance=GUIDANCE))
+    own = pipe.scheduler
+    if asked.get("sampler") == "heun":
+        if ours.model.stages[0].scheduler.get("rescale_betas_zero_snr"):
+            pytest.skip("diffusers' has no step from a sample without signal")
+        pipe.scheduler = diffusers.HeunDiscreteScheduler.from_config(own.config)
+    kept: list[Any] = []
+    told = [encoded(pipe, *one) for one in words]
+
+    def change(pipe: Any, index: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:
+        kept.append(values["latents"])
+        return told[min(index + 1, len(told) - 1)]
+
+    try:
+        with same_noise():
+            pipe(
+                words[0][0], negative_prompt=words[0][1] or None, num_inference_steps=4, guidance_scale=GUIDANCE,
+                output_type="latent", callback_on_step_end=change, height=32, width=32,
+            )  # fmt: skip
+    finally:
+        pipe.scheduler = own
+    assert len(kept) == len(words)
+    assert np.abs(latents - kept[-1].numpy()).max() <= LATENTS
+
+
+def encoded(pipe: Any, prompt: str, negative: str) -> dict[str, torch.Tensor]:
+    """What the loop of a pipeline knows of a prompt, the negative one first."""
+    with torch.no_grad():
+        if hasattr(pipe, "text_encoder_2"):
+            states, without, pooled, pooled_without = pipe.encode_prompt(prompt, negative_prompt=negative or None)
+            return {
+                "prompt_embeds": torch.cat([without, states]), "add_text_embeds": torch.cat([pooled_without, pooled])
+            }  # fmt: skip
+        states, without = pipe.encode_prompt(prompt, "cpu", 1, True, negative_prompt=negative)
+        return {"prompt_embeds": torch.cat([without, states])}
+
+
+def test_of_an_image_the_steps_that_are_made_count(changing: tuple[Pipeline, Any]) -> None:
+    """And shares are of all that were asked for, as in the web UI."""
+    ours, _ = changing
+    begun: dict[str, Any] = {"image": picture(), "strength": 0.5, "steps": 8, "guidance": 1.0}
+    plain = {word: draw(ours, Request([f"{word} apple"], **begun))[0] for word in ("red", "green")}
+    assert np.abs(plain["red"] - plain["green"]).max() > LATENTS
+    for prompt, same in (
+        ("[red:green:0.5] apple", "red"),
+        ("[red:green:4] apple", "red"),
+        ("[red:green:0] apple", "green"),
+    ):
+        assert np.array_equal(draw(ours, Request([prompt], **begun))[0], plain[same])
+    for prompt in ("[red:green:3] apple", "[red:green:0.25] apple"):
+        mixed, _ = draw(ours, Request([prompt], **begun))
+        assert all(np.abs(mixed - other).max() > LATENTS / 10 for other in plain.values())
+
+
+def test_marks_that_are_not_followed_are_said(changing: tuple[Pipeline, Any]) -> None:
+    ours, _ = changing
+    lora = "<lora:style:0.8>"
+    result = ours(f"red {lora} apple AND a BREAK table", steps=1, negative_prompt=lora)
+    left = "it was left out, since a bundle's networks are merged when it is built (--lora)"
+    assert result.warnings == [
+        f"the prompt holds {lora}: {left}",
+        "the prompt holds AND, which is drawn as a word: prompts are not composed",
+        "the prompt holds BREAK: it was left out, since this bundle takes one chunk; see --long-prompts",
+        f"the negative prompt holds {lora}: {left}",
+    ]
+    plain = ours("red  apple AND a table", steps=1, negative_prompt=" ")
+    assert np.array_equal(np.asarray(result.images[0]), np.asarray(plain.images[0]))
+    assert result.settings[0]["prompt"] == f"red {lora} apple AND a BREAK table"
+    assert not ours(f"red {lora} apple AND", steps=1, prompt_weights=False).warnings
 
 
 @pytest.fixture(scope="module")

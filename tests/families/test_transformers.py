@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from exporter import checkpoint, gate, hub, reference, tokenizer
+from exporter import checkpoint, hub, record, reference, tokenizer
 from exporter.families import Shape, text_encoders
 from runtimes import guidance, timetable
 from runtimes.errors import DexportError
@@ -121,7 +121,7 @@ def test_a_picture_is_reworked(saved: Saved, tmp_path: Path) -> None:
     files, (tokens,) = read.tokenizers["tokenizer"], read.family.token_inputs(read).values()
     tokenizer.write(files.made, tmp_path / "tokenizer.json")
     words = Tokenizer("tokenizer.json", tokens.input, tokens.length, files.made.pad, lower=tokens.lower)
-    opened = {name: gate.TorchSession(read, name, graph, [], size) for name, graph in graphs.items()}
+    opened = {name: record.TorchSession(read, name, graph, [], size) for name, graph in graphs.items()}
     model = Model(read.family.NAME, read.pipeline, graphs, (words,), stages, ())
     pipeline = Pipeline(model, tmp_path, opened.__getitem__)
     request = Request(["red apple"], image=picture(16), strength=0.5, steps=steps, guidance=1.0)

@@ -14,7 +14,7 @@ from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipe
 from PIL import Image
 
 from exporter import checkpoint as checkpoints
-from exporter import gate, hub
+from exporter import hub, record
 from runtimes.errors import DexportError
 from runtimes.image import to_array
 from runtimes.loop import noise_source
@@ -33,7 +33,7 @@ LIMIT = 1e-3
 def pipeline(tiny_sd: Path, tiny_hub: Path) -> Pipeline:
     """The torch model behind our pipeline."""
     source, model = checkpoints.read(tiny_sd), hub.load(tiny_hub)
-    opened = {name: gate.TorchSession(source, name, graph, []) for name, graph in model.graphs.items()}
+    opened = {name: record.TorchSession(source, name, graph, []) for name, graph in model.graphs.items()}
     return Pipeline(model, tiny_hub, opened.__getitem__)
 
 
