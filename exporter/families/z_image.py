@@ -20,7 +20,7 @@ NAME = "z-image"
 COMPONENTS = {
     "text_encoder": ("Qwen3Model", "Qwen3ForCausalLM"),
     "transformer": ("ZImageTransformer2DModel",),
-    "vae": ("AutoencoderKL",),
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
     "tokenizer": QWEN_TOKENIZERS,
 }
 TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"  # Qwen3's chat, as ZImagePipeline asks for it
