@@ -111,7 +111,12 @@ origin_options = together(
     ),
     prior_option,
     click.option(
-        "--decoder", type=FOLDER, help="A consistency decoder, which draws the pictures in place of the autoencoder's."
+        "--vae", type=FOLDER, metavar="FOLDER|FILE",
+        help="An autoencoder in place of the checkpoint's own, or of the one that it lacks.",
+    ),
+    click.option(
+        "--decoder", type=FOLDER, metavar="FOLDER|FILE",
+        help="What decodes in place of the autoencoder: a tiny one (TAESD), or a consistency decoder's folder.",
     ),
     click.option(
         "--motion-adapter", type=FOLDER, help="AnimateDiff's, for a Stable Diffusion 1.x or XL that then draws videos."

@@ -36,6 +36,9 @@ def bundles(built: Sequence[Built]) -> None:
                     f"{item.folder}: {name}: float32 from {one['first']} to {one['last']}: values up to "
                     f"{one['peak']:.3g} are beyond fp16"
                 )
+        if "decoder" in item.accuracy:
+            found = item.accuracy["decoder"]
+            click.echo(f"{item.folder}: decoded by {found['class']}, {found['psnr_db']:.1f} dB from the full decoder")
         if "quantization" in item.accuracy:
             click.echo(f"{item.folder}: {quantization(item.accuracy['quantization'])}")
 

@@ -15,7 +15,7 @@ from calibration import islands
 from calibration.islands import Found
 from calibration.quality import Budget
 from exporter import compile as compilers
-from exporter import ensemble, gate, hub, quantized, record, report, spread
+from exporter import ensemble, gate, hub, quantized, record, report, spread, tiny_decoder
 from exporter.ensemble import Origin
 from exporter.families import Shape
 from exporter.quantized import Quantization
@@ -94,6 +94,9 @@ def build(
         )
         reference = record.record(source, model, hub_folder, share(0.5, 0.8))
         noise = spread.measure(source, model, reference.calls, _precisions(pairs), record.size(model), share(0.8, 0.9))
+        decoded = {}
+        if tiny_decoder.COMPONENT in source.components:
+            decoded["decoder"] = tiny_decoder.against_full(source, reference, replace(size, free=False))
         recipe = {"shape": list(_shape(model)), "dynamic_shape": dynamic_shape, "max_batch": max_batch}
         if origin.clip_skip != 1:
             recipe["clip_skip"] = origin.clip_skip
@@ -110,7 +113,7 @@ def build(
                 proof = _prove(
                     reference, compiled, partial, target, precision, test.bands, share(index + 0.5, index + 1)
                 )
-                proof = replace(proof, accuracy={**proof.accuracy, **quality})
+                proof = replace(proof, accuracy={**proof.accuracy, **quality, **decoded})
                 text = report.render(compiled, str(target), precision, recipe, proof, reference)
                 (partial / "report.html").write_text(text, encoding="utf-8")
                 manifest = _write_manifest(partial, compiled, target, precision, recipe, proof.accuracy, test)

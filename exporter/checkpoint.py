@@ -8,20 +8,31 @@ only from .safetensors that pass every check of their headers, and no pickle is 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from exporter import (
+    autoencoder,
+    combined,
+    families,
+    foreign,
+    lora,
+    motion,
+    repository,
+    single_file,
+    textual_inversion,
+    tiny_decoder,
+)  # fmt: skip
 from exporter import clip_skip as clip_skips
-from exporter import combined, families, foreign, lora, motion, repository, single_file, textual_inversion
 from exporter.repository import PICKLES, STEMS
 from runtimes import strict_json
 from runtimes.bundle import hash_file
 from runtimes.errors import DexportError, Progress, silent
 from runtimes.manifest import Adapter, SourceFile
-from runtimes.safetensors import Stored, check_finite, gguf, read_header
+from runtimes.safetensors import Entry, Stored, check_finite, gguf, read_header
 from runtimes.samplers import default_of
 
 if TYPE_CHECKING:
@@ -33,8 +44,11 @@ LIBRARIES = ("diffusers", "transformers", "latent_diffusion", "stable_cascade", 
 # What is given beside a checkpoint in a folder of its own, by the class that its config.json names.
 BESIDE = {
     "ControlNetModel": "--control", "T2IAdapter": "--control", "CLIPVisionModelWithProjection": "--image-encoder",
-    "MotionAdapter": "--motion-adapter", "ConsistencyDecoderVAE": "--decoder",
+    "MotionAdapter": "--motion-adapter", "ConsistencyDecoderVAE": "--decoder", "AutoencoderTiny": "--decoder",
+    "AutoencoderKL": "--vae",
 }  # fmt: skip
+BY_DECODER = ("ConsistencyDecoderVAE", "AutoencoderTiny")  # what --decoder takes, and --vae does not
+ReadFile = Callable[[Path, Mapping[str, Entry]], tuple[Mapping[str, Any], Mapping[str, Stored]]]
 TOKENIZER_FILES = (
     "tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model", "added_tokens.json",
     "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
@@ -143,6 +157,7 @@ def read(
     embeddings: Sequence[Path | str] = (),
     clip_skip: int = 1,
     motion_adapter: Path | str | None = None,
+    vae: Path | str | None = None,
     variant: str | None = None,
     check: bool = True,
     progress: Progress = silent,
@@ -153,9 +168,10 @@ def read(
     weights are not looked at; by default the kind is read from the file. ``prior``: the folder of the prior that a
     decoder was saved without (exporter.combined). ``loras``: files to merge, each "FILE" or "FILE:SCALE";
     ``embeddings``: likewise, "FILE" or "FILE:WORD". ``clip_skip``: which layer's states of the text encoder are used,
-    counted from the last, 1. ``motion_adapter``: the folder of one to join to the UNet (exporter.motion). ``variant``:
-    of the weights in a folder, like "fp16", where a component has it. Raises DexportError for what is missing, damaged,
-    unsupported, or only there as a pickle.
+    counted from the last, 1. ``motion_adapter``: the folder of one to join to the UNet (exporter.motion). ``vae``: an
+    autoencoder in place of the checkpoint's own (exporter.autoencoder). ``variant``: of the weights in a folder, like
+    "fp16", where a component has it. Raises DexportError for what is missing, damaged, unsupported, or only there as a
+    pickle.
     """
     path = Path(path)
     header = read_header(path) if path.is_file() and path.suffix == ".safetensors" else None
@@ -179,7 +195,7 @@ def read(
     classes, configs, tokenizers = {}, {}, {}
     used = {"model_index.json", *(f"{name}/scheduler_config.json" for name in names)}
     for name, allowed in family.COMPONENTS.items():
-        if None in allowed and index.get(name) in (None, [None, None]):
+        if (None in allowed and index.get(name) in (None, [None, None])) or (name == autoencoder.NAME and vae):
             continue
         classes[name] = _class_of(folder, index, name)
         if classes[name] not in allowed:
@@ -192,6 +208,8 @@ def read(
             configs[name] = read_json(place / name / "config.json")
             if header is None:
                 foreign.check_config(place / name / "config.json", configs[name])
+            if classes[name] == tiny_decoder.CLASS:
+                configs[name] = tiny_decoder.completed(configs[name])
             used.add(f"{name}/config.json")
     files = {name: place / name for name in used}
     schedulers = {
@@ -204,7 +222,7 @@ def read(
         if variant is not None and not any(repository.is_variant(name, variant) for name in files):
             raise repository.no_variant(path, variant, [file.name for file in path.glob("*/*")])
     else:
-        weights = single_file.convert(path, header, configs)
+        weights = single_file.convert(path, header, configs, without=autoencoder.NAME if vae else None)
         scheduler |= single_file.scheduler_options(header)
         files[path.name] = path
         if folder.parent == single_file.CONFIGS:
@@ -221,8 +239,10 @@ def read(
         path, pipeline, components, scheduler, tokenizers, files, schedulers=schedulers, index=index,
         unused=single_file.unused(header or {}),
     )  # fmt: skip
+    if vae is not None:
+        found = _with_autoencoder(found, Path(vae), place / autoencoder.NAME / "config.json", variant)
     if motion_adapter is not None:
-        found = add(motion.animated(found), motion.ADAPTER, Path(motion_adapter), motion.CLASS, variant)
+        found = add(motion.animated(found), motion.ADAPTER, Path(motion_adapter), (motion.CLASS,), variant=variant)
     found = motion.join(found)
     return clip_skips.skip(textual_inversion.merge(lora.merge(found, loras), embeddings), clip_skip)
 
@@ -235,18 +255,53 @@ def component(
     return Component(name, class_name, path, config, used, unused)
 
 
-def add(checkpoint: Checkpoint, name: str, folder: Path, class_name: str, variant: str | None = None) -> Checkpoint:
-    """The checkpoint with one more component, from a folder of its own; DexportError for what is not of this class."""
-    if not folder.is_dir():
-        raise DexportError(f"{folder}: no such folder")
-    config = read_json(folder / "config.json")
-    if config.get("_class_name") != class_name:
-        raise DexportError(f"{folder}: a {config.get('_class_name')!r:.60}; it must be a {class_name}")
-    files = {**checkpoint.files, f"{name}/config.json": folder / "config.json"}
-    weights = read_weights(folder, name, files, variant)
+def add(
+    checkpoint: Checkpoint, name: str, path: Path, classes: Sequence[str], read_file: ReadFile | None = None,
+    variant: str | None = None,
+) -> Checkpoint:  # fmt: skip
+    """The checkpoint with one more component, of one of ``classes``, from a folder of its own.
+
+    read_file: gives the config.json and the tensors of one .safetensors file, where that may stand for a folder. Raises
+    DexportError for what is not there, and for another class.
+    """
+    files = dict(checkpoint.files)
+    if read_file is not None and path.is_file():
+        if path.suffix in PICKLES:
+            raise _pickle(path)
+        config, weights = read_file(path, read_header(path))
+        files[f"{name}/{path.name}"] = path
+    elif not path.is_dir():
+        raise DexportError(f"{path}: no such folder{' or file' * (read_file is not None)}")
+    else:
+        config = read_json(path / "config.json")
+        if config.get("_class_name") not in classes:
+            raise DexportError(f"{path}: a {config.get('_class_name')!r:.60}; it must be a {' or '.join(classes)}")
+        files[f"{name}/config.json"] = path / "config.json"
+        weights = read_weights(path, name, files, variant)
     check_finite(weights.values())
-    part = component(name, class_name, folder, config, weights)
+    part = component(name, str(config["_class_name"]), path, config, weights)
     return replace(checkpoint, components={**checkpoint.components, name: part}, files=files)
+
+
+def _with_autoencoder(checkpoint: Checkpoint, path: Path, own: Path, variant: str | None) -> Checkpoint:
+    """The checkpoint with the autoencoder at ``path``; ``own``: where the config.json of its own one would lie."""
+    allowed = checkpoint.family.COMPONENTS.get(autoencoder.NAME)
+    if allowed is None:
+        raise DexportError(f"{checkpoint.path}: a {checkpoint.pipeline} has no autoencoder to replace; leave --vae out")
+    found = autoencoder.find_config(own, checkpoint.pipeline)
+    config = None if found is None else read_json(found)
+    classes = [name for name in allowed if name not in (None, *BY_DECODER)]
+
+    def read_file(file: Path, header: Mapping[str, Entry]) -> tuple[Mapping[str, Any], Mapping[str, Stored]]:
+        return autoencoder.from_file(file, header, config)
+
+    checkpoint = add(checkpoint, autoencoder.NAME, path, [str(name) for name in classes], read_file, variant)
+    if path.is_file() and found is not None:
+        checkpoint = replace(checkpoint, files={**checkpoint.files, "vae/config.json": found})
+    autoencoder.check(
+        checkpoint, config if found == own else None
+    )  # others of the same pipeline may have other latents
+    return checkpoint
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
@@ -298,7 +353,8 @@ def _class_of(folder: Path, index: Mapping[str, Any], name: str) -> str:
     """The class that model_index.json names for a component: ``"unet": ["diffusers", "UNet2DConditionModel"]``."""
     pair = index.get(name)
     if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[1], str)):
-        raise DexportError(f"{folder}: model_index.json names no {name!r}; the checkpoint is not whole")
+        advice = "; give one with --vae" if name == autoencoder.NAME else "; the checkpoint is not whole"
+        raise DexportError(f"{folder}: model_index.json names no {name!r}{advice}")
     if pair[0] not in LIBRARIES:
         raise DexportError(
             f"{folder}: {name} is a {pair[1]!r:.60} of {pair[0]!r:.60}; only classes of {' and '.join(LIBRARIES[:2])} "

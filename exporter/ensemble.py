@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporter import checkpoint as checkpoints
-from exporter import consistency, hints, repository, single_file, steering
+from exporter import consistency, hints, repository, single_file, steering, tiny_decoder
 from exporter.checkpoint import Checkpoint, TokenizerFiles
 from exporter.families import Shape, Spec, Tokens
 from runtimes import cascade, presets, samplers, subject
@@ -31,7 +31,7 @@ LATENT = frozenset(("vae", "vqvae", "movq", "vqgan"))  # what pipelines call the
 # Fields of Origin that are a path beside the first one, and how it is looked for on the hub.
 BESIDE: Mapping[str, Mapping[str, bool]] = {
     "config": {"weights": False}, "refiner": {}, "prior": {}, "decoder": {"component": True},
-    "motion_adapter": {"component": True}, "image_encoder": {"component": True},
+    "motion_adapter": {"component": True}, "image_encoder": {"component": True}, "vae": {"component": True},
 }  # fmt: skip
 ZERO_SNR = "rescale_betas_zero_snr"
 # Of an autoencoder: what makes its latents those of another one.
@@ -44,15 +44,17 @@ class Origin:
 
     path: a diffusers folder, one .safetensors file, or a model of your own. refiner: a second checkpoint, which goes on
     with what the first one draws. prior: the folder of the prior that a decoder was saved without (exporter.combined).
-    decoder: that of a consistency decoder to draw the pictures with (exporter.consistency). config, loras, embeddings,
-    clip_skip: of the first one, as in ``exporter.checkpoint.read``; controls, ip_adapters, image_encoder: what steers
-    it by pictures, as in ``exporter.hints.add``. sampler, steps, guidance: the model's defaults, in place of its
-    checkpoint's and family's; a model that was distilled to need no guidance says so nowhere, and is one with
-    ``guidance`` up to 1. Of a model with several ways (runtimes.cascade) they are of the main one. long_prompts: how
-    many chunks a prompt may have, each as long as the text encoder takes (75 tokens of CLIP's). motion_adapter: the
-    folder of one that makes a model of pictures one of videos (exporter.motion). frames: of each video. scheduler:
-    options of the sampler, by name, as values or text (runtimes.samplers.options). preset: what of sampler, scheduler,
-    steps and guidance is not said, by the name of a distilled model's settings (runtimes.presets).
+    decoder: what decodes in place of its autoencoder: a consistency decoder's folder (exporter.consistency), or a tiny
+    autoencoder's folder or file (exporter.tiny_decoder). vae: an autoencoder in place of the checkpoint's own
+    (exporter.autoencoder). config, loras, embeddings, clip_skip: of the first one, as in ``exporter.checkpoint.read``;
+    controls, ip_adapters, image_encoder: what steers it by pictures, as in ``exporter.hints.add``. sampler, steps,
+    guidance: the model's defaults, in place of its checkpoint's and family's; a model that was distilled to need no
+    guidance says so nowhere, and is one with ``guidance`` up to 1. Of a model with several ways (runtimes.cascade) they
+    are of the main one. long_prompts: how many chunks a prompt may have, each as long as the text encoder takes (75
+    tokens of CLIP's). motion_adapter: the folder of one that makes a model of pictures one of videos (exporter.motion).
+    frames: of each video. scheduler: options of the sampler, by name, as values or text (runtimes.samplers.options).
+    preset: what of sampler, scheduler, steps and guidance is not said, by the name of a distilled model's settings
+    (runtimes.presets).
 
     Each path may be a repository on the Hugging Face hub instead, "org/name[@revision]", or a file or folder in one
     (exporter.repository). revision: of the first one. variant: of the weights in folders and repositories, like "fp16".
@@ -73,6 +75,7 @@ class Origin:
     embeddings: Sequence[Path | str] = ()
     prior: Path | str | None = None
     decoder: Path | str | None = None
+    vae: Path | str | None = None
     motion_adapter: Path | str | None = None
     frames: int | None = None
     scheduler: Mapping[str, Any] = field(default_factory=dict)
@@ -88,7 +91,7 @@ class Origin:
     @property
     def checkpoints(self) -> list[Path]:
         """The paths of the checkpoints, which nothing is written into."""
-        paths = (self.path, self.refiner, self.prior, self.decoder, self.motion_adapter)
+        paths = (self.path, self.refiner, self.prior, self.decoder, self.vae, self.motion_adapter)
         return [Path(path) for path in paths if isinstance(path, Path | str)]
 
 
@@ -103,7 +106,7 @@ def read(origin: Origin | OwnModel | Path | str, *, progress: Progress = silent)
         base = checkpoints.read(
             Path(origin.path), config=origin.config, prior=origin.prior, loras=origin.loras,
             embeddings=origin.embeddings, clip_skip=origin.clip_skip,
-            motion_adapter=origin.motion_adapter, variant=origin.variant, progress=progress,
+            motion_adapter=origin.motion_adapter, vae=origin.vae, variant=origin.variant, progress=progress,
         )  # fmt: skip
         base = hints.add(base, origin.controls, origin.ip_adapters, origin.image_encoder, variant=origin.variant)
         base = oracle.as_diffusers_reads(base)
@@ -121,8 +124,7 @@ def read(origin: Origin | OwnModel | Path | str, *, progress: Progress = silent)
     base = replace(base, refiner=next(iter(others), None), steps=origin.steps, guidance=origin.guidance)
     base = replace(base, frames=origin.frames)
     if origin.decoder is not None:
-        base = checkpoints.add(base, consistency.COMPONENT, Path(origin.decoder), consistency.CLASS, origin.variant)
-        consistency.check(base)
+        base = _with_decoder(base, Path(origin.decoder), origin.variant)
     return base
 
 
@@ -188,6 +190,18 @@ def _chosen(part: Checkpoint, origin: Origin) -> dict[str, Any]:
     return chosen
 
 
+def _with_decoder(base: Checkpoint, path: Path, variant: str | None) -> Checkpoint:
+    """The checkpoint with what decodes in place of its autoencoder: a folder says what it is, a file is a tiny one."""
+    if path.is_dir() and checkpoints.read_json(path / "config.json").get("_class_name") == consistency.CLASS:
+        base = checkpoints.add(base, consistency.COMPONENT, path, (consistency.CLASS,), variant=variant)
+        consistency.check(base)
+        return base
+    classes = (tiny_decoder.CLASS, consistency.CLASS)
+    return tiny_decoder.check(
+        checkpoints.add(base, tiny_decoder.COMPONENT, path, classes, tiny_decoder.from_file, variant)
+    )
+
+
 def _own(model: OwnModel, origin: Origin) -> Checkpoint:
     """A model of one's own as a checkpoint; it takes nothing that is only said of files."""
     from exporter import own  # with torch, which whoever has such a model has loaded
@@ -203,14 +217,19 @@ def _own(model: OwnModel, origin: Origin) -> Checkpoint:
 
 
 def specs(checkpoint: Checkpoint, shape: Shape) -> Mapping[str, Spec]:
-    """The graphs of a checkpoint by name, those of its refiner and of a consistency decoder among them.
+    """The graphs of a checkpoint by name, those of its refiner and of a decoder that was given among them.
 
     What lies between two of them is left out. Raises DexportError for options that the model does not have.
     """
     made = _specs(checkpoint, shape)
-    if consistency.component(checkpoint) is None:
+    tiny = tiny_decoder.COMPONENT in checkpoint.components
+    if consistency.component(checkpoint) is None and not tiny:
         return made
     unused = _stages(checkpoint, shape)[-1].decoder
+    if tiny:
+        full = made[str(unused)]
+        others = {name: spec for name, spec in made.items() if name != unused}
+        return others | {tiny_decoder.GRAPH: tiny_decoder.spec(checkpoint, full)}
     return {name: spec for name, spec in made.items() if name != unused} | consistency.specs(checkpoint, shape)
 
 
@@ -242,6 +261,8 @@ def stages(checkpoint: Checkpoint, shape: Shape) -> tuple[Stage, ...]:
         if every[-1].fps is not None:
             raise DexportError("a consistency decoder draws pictures, and no videos; leave --decoder out")
         every = consistency.stages(checkpoint, shape, every)
+    if tiny_decoder.COMPONENT in checkpoint.components:
+        every = tiny_decoder.stages(every)
     if checkpoint.frames is not None and every[-1].fps is None:
         raise DexportError(f"{checkpoint.path}: a {checkpoint.pipeline} draws pictures; leave --frames out")
     asked = cascade.main(every)

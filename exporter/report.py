@@ -45,6 +45,8 @@ def render(
     parts.append(_pictures(model, reference, proof.image))
     if "graphs" in accuracy:
         parts.append(_agreement(accuracy))
+    if "decoder" in accuracy:
+        parts.append(_decoder(accuracy["decoder"]))
     if "fp16" in accuracy:
         parts.append(_fp16(accuracy["fp16"]))
     if "quantization" in accuracy:
@@ -128,6 +130,14 @@ def _agreement(accuracy: Mapping[str, Any]) -> str:
         + _table(("graph", "output", "timestep", "SQNR, dB", "at least", "relative L2", "max abs"), rows)
         + f"<h2>Latents of free runs (at least {band['latents']:g} dB)</h2>"
         + _table(("run", "step", "SQNR, dB"), latents)
+    )
+
+
+def _decoder(found: Mapping[str, Any]) -> str:
+    """How near a decoder that was given is to the full one."""
+    return (
+        f"<h2>Decoded by {escape(found['class'])}</h2><p>Against the full decoder ({escape(found['against'])}) on the "
+        f"same latents, both in torch: PSNR {found['psnr_db']:.1f} dB, SSIM {found['ssim']:.4f}.</p>"
     )
 
 

@@ -63,7 +63,8 @@ PARTS = (
     (r"control_model\.|input_hint_block\.|controlnet_", "a ControlNet in one file; convert it to a folder of diffusers "
      "(ControlNetModel.from_single_file), and give that beside its checkpoint, with --control"),
     (r"image_proj\.|ip_adapter\.", "an IP-Adapter; give it beside its checkpoint, with --ip-adapter"),
-    (r"(first_stage_model\.)?(encoder|decoder)\.(conv_in|mid|mid_block)", "an autoencoder (VAE) alone"),
+    (r"(first_stage_model\.)?(encoder|decoder)\.(conv_in|mid|mid_block)", "an autoencoder (VAE) alone; give it beside "
+     "its checkpoint, with --vae"),
     (r"(down_blocks|up_blocks|mid_block|time_embedding|transformer_blocks|single_transformer_blocks)\.",
      "one component of a diffusers folder; give the folder"),
     (r"text_model\.|token_embedding\.", "a text encoder alone"),
@@ -159,9 +160,11 @@ def unused(entries: Mapping[str, Entry]) -> tuple[str, ...]:
 
 
 def convert(
-    file: Path, entries: Mapping[str, Entry], configs: Mapping[str, Mapping[str, Any]]
+    file: Path, entries: Mapping[str, Entry], configs: Mapping[str, Mapping[str, Any]], *, without: str | None = None
 ) -> dict[str, dict[str, Stored]]:
     """Return the tensors of each component under diffusers' names; ``configs`` are its config.json by component.
+
+    ``without``: a component that is not wanted, be it there or not ("vae").
 
     Nothing is read but the header: a tensor that is cut from another is a view of it. Raises DexportError for a
     component that the file lacks, and for tensors that no component takes.
@@ -172,10 +175,13 @@ def convert(
     handles = {name: handle(entry) for name, entry in entries.items() if not JUNK.fullmatch(name)}
     made: dict[str, dict[str, Stored]] = {}
     used = {name for name in entries if JUNK.fullmatch(name)}
+    if without == "vae":
+        used |= set(_under(AUTOENCODER, entries))
     for component, config in configs.items():
         convert_part = _converter(component, entries)
         if convert_part is None:
-            raise DexportError(f"{file}: holds no {component}, which its pipeline needs; it is a part of a checkpoint")
+            advice = "give one with --vae" if component == "vae" else "it is a part of a checkpoint"
+            raise DexportError(f"{file}: holds no {component}, which its pipeline needs; {advice}")
         try:
             with quiet():
                 found = convert_part(handles, config)

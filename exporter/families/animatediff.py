@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 NAME = "animatediff"
 MOVING = {
     "unet": ("UNetMotionModel", "UNet2DConditionModel"),
-    "vae": ("AutoencoderKL",),
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
     "motion_adapter": ("MotionAdapter", None),  # exporter.motion joins it to the UNet
 }
 COMPONENTS = {**stable_diffusion.COMPONENTS, **MOVING}

@@ -20,7 +20,7 @@ NAME = "aura-flow"
 COMPONENTS = {
     "transformer": ("AuraFlowTransformer2DModel",),
     "text_encoder": ("UMT5EncoderModel", "T5EncoderModel"),
-    "vae": ("AutoencoderKL",),
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
     "tokenizer": (*LLAMA_TOKENIZERS, *T5_TOKENIZERS),
 }
 LENGTH = 256  # tokens of a prompt

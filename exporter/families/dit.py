@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 NAME = "dit"
 # The first checkpoints name the class that DiT's was split off from.
-COMPONENTS = {"transformer": ("DiTTransformer2DModel", "Transformer2DModel"), "vae": ("AutoencoderKL",)}
+COMPONENTS = {
+    "transformer": ("DiTTransformer2DModel", "Transformer2DModel"),
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
+}
 GUIDANCE, STEPS = 4.0, 50  # DiTPipeline's defaults
 
 

@@ -21,7 +21,7 @@ COMPONENTS = {
     "text_encoder": ("CLIPTextModel",),
     "text_encoder_2": ("T5EncoderModel",),
     "transformer": ("FluxTransformer2DModel",),
-    "vae": ("AutoencoderKL",),
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
     "tokenizer": CLIP_TOKENIZERS,
     "tokenizer_2": T5_TOKENIZERS,
 }

@@ -21,7 +21,7 @@ NAME = "lumina2"
 COMPONENTS = {
     "transformer": ("Lumina2Transformer2DModel",),
     "text_encoder": ("Gemma2Model",),
-    "vae": ("AutoencoderKL",),
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
     "tokenizer": GEMMA_TOKENIZERS,
 }
 LENGTH = 256  # tokens of a prompt

@@ -89,6 +89,10 @@ def autoencoder(checkpoint: Checkpoint, drawn: Canvas) -> dict[str, Spec]:
         from exporter import consistency
 
         return consistency.encoder(config, drawn)
+    if checkpoint.components["vae"].class_name == "AutoencoderTiny":
+        from exporter import tiny_decoder
+
+        return tiny_decoder.autoencoder(config, drawn)
     build = {"vae": lambda: build_vae(config)}
     return {
         "decoder": Spec("decoder", build, decode, (drawn.sample,), (drawn.image,), drawn.latent_sizes),

@@ -19,7 +19,7 @@ COMPONENTS = {
     # The first checkpoints name the class that PixArt's was split off from.
     "transformer": ("PixArtTransformer2DModel", "Transformer2DModel"),
     "text_encoder": ("T5EncoderModel",),
-    "vae": ("AutoencoderKL",),
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
     "tokenizer": T5_TOKENIZERS,
 }
 LENGTHS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}  # tokens of a prompt

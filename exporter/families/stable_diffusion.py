@@ -20,7 +20,7 @@ NAME = "stable-diffusion"
 COMPONENTS = {
     "text_encoder": ("CLIPTextModel",),
     "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL", "ConsistencyDecoderVAE"),
+    "vae": ("AutoencoderKL", "ConsistencyDecoderVAE", "AutoencoderTiny"),
     "tokenizer": CLIP_TOKENIZERS,
 }
 # Scale of guidance, diffusers' own, and steps. DPM-Solver++ and Euler have converged after 20; 50 were for PNDM.

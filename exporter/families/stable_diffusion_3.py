@@ -23,7 +23,7 @@ COMPONENTS = {
     "text_encoder_2": ("CLIPTextModelWithProjection",),
     "text_encoder_3": ("T5EncoderModel", None),
     "transformer": ("SD3Transformer2DModel",),
-    "vae": ("AutoencoderKL",),
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
     "tokenizer": CLIP_TOKENIZERS,
     "tokenizer_2": CLIP_TOKENIZERS,
     "tokenizer_3": (*T5_TOKENIZERS, None),

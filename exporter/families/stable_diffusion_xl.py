@@ -22,7 +22,7 @@ COMPONENTS = {
     "text_encoder": ("CLIPTextModel", None),  # the refiner has only the second one
     "text_encoder_2": ("CLIPTextModelWithProjection",),
     "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
     "tokenizer": (*CLIP_TOKENIZERS, None),
     "tokenizer_2": CLIP_TOKENIZERS,
 }

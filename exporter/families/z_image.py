@@ -20,7 +20,7 @@ NAME = "z-image"
 COMPONENTS = {
     "text_encoder": ("Qwen3Model", "Qwen3ForCausalLM"),
     "transformer": ("ZImageTransformer2DModel",),
-    "vae": ("AutoencoderKL",),
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
     "tokenizer": QWEN_TOKENIZERS,
 }
 LENGTH = 512  # ZImagePipeline's default, as what follows
