@@ -53,15 +53,14 @@ def faults(values: Mapping[str, Array]) -> Iterator[tuple[str, str, Array]]:
             yield "timestep's projection 10 % larger", name, value * np.float32(1.1)
 
 
-def worst(file: Path, model: Model, name: str, calls: Any, hint: str) -> float:
-    """The lowest SQNR in dB of a graph's outputs on recorded calls, by OpenVINO with a hint."""
+def agreements(file: Path, model: Model, name: str, calls: Any, hint: str) -> list[float]:
+    """The SQNR in dB of a graph's outputs on each recorded call, by OpenVINO with a hint."""
     graph = replace(model.graphs[name], properties={"INFERENCE_PRECISION_HINT": hint})
     session = openvino.open(file, graph, "cpu", None, None)
-    return min(
-        compare(expected, run_batched(session, call.inputs)[tensor]).sqnr_db
+    return [
+        min(compare(value, run_batched(session, call.inputs)[tensor]).sqnr_db for tensor, value in call.outputs.items())
         for call in calls
-        for tensor, expected in call.outputs.items()
-    )
+    ]
 
 
 def spoiled(file: Path, weight: str, value: Array) -> Path:
@@ -82,7 +81,7 @@ def count(checkpoint: Path, every: int, say: Callable[[str], None]) -> None:
         reference = record.record(source, model, Path(folder) / "hub")
         noise = spread.measure(source, model, reference.calls, list(CONSTANT), record.size(model))
         name = model.stages[0].denoiser
-        bands = {precision: spread.bands(noise, model, precision).graphs[name] for precision in CONSTANT}
+        limits = {precision: spread.limits(noise, model, precision).calls[name] for precision in CONSTANT}
         file = Path(folder) / "hub" / model.graphs[name].file
         weights = {
             tensor.name: onnx.numpy_helper.to_array(tensor)
@@ -90,23 +89,25 @@ def count(checkpoint: Path, every: int, say: Callable[[str], None]) -> None:
             if tensor.data_type == onnx.TensorProto.FLOAT
         }
         calls = reference.calls[name]
-        right = {hint: worst(file, model, name, calls, hint) for hint in sorted(set(HINTS.values()))}
-        say("band, dB: " + ", ".join(f"{key} {value:.1f} (before: {CONSTANT[key]:g})" for key, value in bands.items()))
-        say("the right graph, dB: " + ", ".join(f"{hint} {value:.1f}" for hint, value in right.items()))
+        right = {hint: agreements(file, model, name, calls, hint) for hint in sorted(set(HINTS.values()))}
+        for precision, values in limits.items():
+            say(f"limits of the calls in {precision}, dB: {', '.join(f'{value:.1f}' for value in values)}")
+        for hint, values in right.items():
+            say(f"the right graph in {hint}, dB: {', '.join(f'{value:.1f}' for value in values)}")
         seen: dict[str, dict[str, int]] = {}
         for number, (kind, weight, value) in enumerate(faults(weights)):
             if number % every and not kind.startswith("timestep"):
                 continue
             wrong = spoiled(file, weight, value)
-            found = {hint: worst(wrong, model, name, calls, hint) for hint in right}
+            found = {hint: agreements(wrong, model, name, calls, hint) for hint in right}
             row = seen.setdefault(
-                kind, dict.fromkeys(("faults", "hub", *CONSTANT, *map("before: {}".format, CONSTANT)), 0)
+                kind, dict.fromkeys(("faults", "hub", *CONSTANT, *(f"before: {p}" for p in CONSTANT)), 0)
             )
             row["faults"] += 1
-            row["hub"] += found["f32"] < spread.GRAPH_FLOORS["fp32"]
+            row["hub"] += min(found["f32"]) < spread.FLOORS["fp32"].graph
             for precision, hint in HINTS.items():
-                row[precision] += found[hint] < bands[precision]
-                row[f"before: {precision}"] += found[hint] < CONSTANT[precision]
+                row[precision] += any(own < least for own, least in zip(found[hint], limits[precision], strict=True))
+                row[f"before: {precision}"] += min(found[hint]) < CONSTANT[precision]
         for kind, row in seen.items():
             say(f"{kind}: " + ", ".join(f"{what} {number}" for what, number in row.items()))
 

@@ -19,10 +19,11 @@ from exporter import ensemble, gate, hub, quantized, record, report, spread, tin
 from exporter.ensemble import Origin
 from exporter.families import Shape
 from exporter.quantized import Quantization
+from exporter.spread import Limits
 from exporter.tries import Calibrated
 from runtimes import bundle
 from runtimes.errors import DexportError, Progress, silent
-from runtimes.manifest import Bands, Manifest, Model, SelfTest, Stage, to_json
+from runtimes.manifest import Manifest, Model, SelfTest, Stage, to_json
 from runtimes.session import Session, one_at_a_time, require, runs_here
 from runtimes.target import Target
 
@@ -109,13 +110,12 @@ def build(
                     share(index, index + 0.5),
                 )  # fmt: skip
                 gate.write_golden(reference, partial / bundle.GOLDEN)
-                test = gate.self_test(reference, compiled, spread.bands(noise, compiled, precision))
-                proof = _prove(
-                    reference, compiled, partial, target, precision, test.bands, share(index + 0.5, index + 1)
-                )
+                limits = spread.limits(noise, compiled, precision)
+                proof = _prove(reference, compiled, partial, target, precision, limits, share(index + 0.5, index + 1))
                 proof = replace(proof, accuracy={**proof.accuracy, **quality, **decoded})
                 text = report.render(compiled, str(target), precision, recipe, proof, reference)
                 (partial / "report.html").write_text(text, encoding="utf-8")
+                test = gate.self_test(reference, compiled, limits)
                 manifest = _write_manifest(partial, compiled, target, precision, recipe, proof.accuracy, test)
             total = sum(file.size for file in manifest.files)
             built.append(Built(str(target), precision, folder, total, proof.accuracy, proof.seconds, model.notes))
@@ -269,7 +269,7 @@ def _precisions(pairs: Sequence[tuple[Target, str]]) -> list[str]:
 
 
 def _prove(
-    reference: record.Reference, model: Model, folder: Path, target: Target, precision: str, bands: Bands,
+    reference: record.Reference, model: Model, folder: Path, target: Target, precision: str, limits: Limits,
     progress: Progress,
 ) -> gate.Proof:  # fmt: skip
     """Run the gate where this machine can run the target, else say why it was not run."""
@@ -280,7 +280,7 @@ def _prove(
     def load(name: str) -> Session:
         return runtime.open(folder / model.graphs[name].file, model.graphs[name], target.device, None, None)
 
-    return gate.prove(reference, model, folder, precision, bands, one_at_a_time(load), progress)
+    return gate.prove(reference, model, folder, precision, limits, one_at_a_time(load), progress)
 
 
 def _write_manifest(

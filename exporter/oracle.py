@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from exporter import families, ip_adapter
+from exporter import consistency, families, ip_adapter, tiny_decoder
 from exporter.checkpoint import LIBRARIES, Checkpoint, Component, TokenizerFiles, finite_config
 from exporter.combined import COMBINED, PREFIX
 from exporter.reference import lend
@@ -27,11 +27,12 @@ from exporter.weights import parameter_shapes, tied
 from runtimes.errors import DexportError
 from runtimes.safetensors import Stored
 
-LATENTS = {"vae", "vqvae", "movq", "vqgan"}  # components that make latents of an image
 # Classes that take latents_mean in on one side of the autoencoder alone, or on none.
 WITHOUT_MEAN = ("StableDiffusionXLInpaintPipeline", "AnimateDiffSDXLPipeline")
 # A network's class to the word in the name of its pipeline, and what that pipeline calls it.
 STEERING = {"ControlNetModel": ("ControlNet", "controlnet"), "T2IAdapter": ("Adapter", "adapter")}
+# Components that decode in place of the autoencoder, as users of diffusers give them: pipe.vae = ...
+DECODERS = {consistency.COMPONENT, tiny_decoder.COMPONENT}
 UNSET = "_use_default_values"  # a live config's list of the options that its file did not have
 
 
@@ -71,10 +72,6 @@ def _scheduler(checkpoint: Checkpoint, name: str, live: Any) -> dict[str, Any]:
         if not key.startswith("_") and not (key in unset and value == defaults.get(key))
     }
     config["_class_name"] = type(live).__name__
-    if "clip_sample" not in defaults and LATENTS & checkpoint.components.keys():
-        config.setdefault(
-            "clip_sample", False
-        )  # latents have no bounds; samplers that clip do so where nothing is said
     return finite_config(checkpoint.path / name / "scheduler_config.json", _plain(config))
 
 
@@ -122,6 +119,9 @@ def pipelines(checkpoint: Checkpoint) -> list[Any]:
             pipe = _steered(part) if part.hints else construct(part, part.pipeline)
             if pipe is None:
                 return []
+            for name in DECODERS & part.components.keys():
+                with quiet(), Unfilled():
+                    pipe.register_modules(vae=hollow(part, part.components[name], part.components[name].path))
             for scheduler, wanted in {**part.schedulers, families.schedulers(part.family)[0]: part.scheduler}.items():
                 _set_scheduler(part, pipe, scheduler, wanted)
             found.append(pipe)
@@ -274,7 +274,8 @@ def hollow(checkpoint: Checkpoint, part: Component, folder: Path) -> Any:
     """
     kind = _class(part.class_name)
     if hasattr(kind, "load_config"):
-        raw = dict(kind.load_config(folder)) if _is_own(part, folder) else dict(part.config)
+        is_own = part.path in (folder, checkpoint.path) and _is_own(part, folder)
+        raw = dict(kind.load_config(folder)) if is_own else dict(part.config)
         module = kind.from_config({**raw, **_changes(part, raw)})
         module.config_as_loaded = dict(module.config)
     else:

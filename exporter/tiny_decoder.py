@@ -22,7 +22,7 @@ from runtimes.safetensors import Entry, Stored
 
 if TYPE_CHECKING:
     from exporter.checkpoint import Checkpoint
-    from exporter.gate import Reference
+    from exporter.record import Reference
 
 CLASS = "AutoencoderTiny"
 COMPONENT = "tiny_decoder"  # of a checkpoint that it was given to with --decoder

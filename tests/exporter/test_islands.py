@@ -21,7 +21,7 @@ from exporter import cache, hub
 from exporter.build import build
 from exporter.compile import compile_graph, computes_in_fp16
 from exporter.quantized import Quantization
-from exporter.spread import GRAPH_FLOORS
+from exporter.spread import FLOORS
 from runtimes import bundle
 from runtimes.accuracy import compare
 from runtimes.backends.openvino import HINT
@@ -77,7 +77,7 @@ def test_the_island_makes_the_decoder_right(hot: Hot, tiny_hub: Path, tmp_path: 
     plain, _ = cast(ir.load(file), "fp16")
     assert compare(expected, decode(plain, tmp_path)).sqnr_db < 20  # NaN counts as -200
     kept, _ = cast(ir.load(file), "fp16", hot.found.nodes("decoder"))
-    assert compare(expected, decode(kept, tmp_path)).sqnr_db > GRAPH_FLOORS["fp16"]
+    assert compare(expected, decode(kept, tmp_path)).sqnr_db > FLOORS["fp16"].graph
 
 
 def test_only_what_is_beyond_is_kept(hot: Hot) -> None:

@@ -27,7 +27,7 @@ from exporter import build, hub, quantized
 from exporter.compile import check
 from exporter.quantized import Quantization
 from exporter.report import quantization
-from exporter.spread import GRAPH_FLOORS
+from exporter.spread import FLOORS
 from runtimes import bundle
 from runtimes.errors import DexportError, GateError
 from runtimes.manifest import Model
@@ -142,7 +142,7 @@ def test_an_engine_is_built_from_a_quantized_graph_that_was_judged(
     assert weight.astype(np.float16).tobytes()[:64] not in engine
     report = manifest.accuracy["quantization"]
     assert report["simulated"].startswith("simulated on ONNX Runtime") and 15 < np.median(report["psnr_db"]) < 60
-    assert report["quantized"] > 80 and min(report["sqnr_db"]) > GRAPH_FLOORS[precision]
+    assert report["quantized"] > 80 and min(report["sqnr_db"]) > FLOORS[precision].graph
     assert manifest.model.graphs["decoder"].properties["precision"] == "fp16"
     assert set(manifest.accuracy["fp16"]["graphs"]) == set(manifest.model.graphs)
 
