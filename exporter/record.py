@@ -238,7 +238,7 @@ class Following(Pipeline):
         self, model: Model, folder: Path, open_graph: Callable[[str], Session], run: Run, whose: str,
         evaluated: Sequence[float],
     ) -> None:  # fmt: skip
-        """Follow ``run``; ``whose``: what an error calls it; ``evaluated``: the calls of a stage that are made, as parts."""
+        """Follow ``run``; ``whose``: what an error calls it; ``evaluated``: which of a stage's calls are made."""
         super().__init__(model, folder, open_graph)
         self._run, self._whose, self._done, self._evaluated = run, whose, 0, evaluated
 
