@@ -173,7 +173,7 @@ def draw_theirs(family: Family, folder: Path, refiner: Path | None = None) -> tu
     if "mask" in asked:
         width, height = asked["image"].size
         words |= {"image": asked["image"], "mask_image": asked["mask"], "height": height, "width": width}
-        words["strength"] = asked.get("strength", 1.0)
+        words |= {"strength": asked["strength"]} if "strength" in asked else {}  # else each has its own
     elif "image" in asked:
         words |= {"image": encode(pipe.vae, asked["image"]), "strength": asked["strength"]}
 
