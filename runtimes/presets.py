@@ -60,6 +60,9 @@ PRESETS: Mapping[str, Preset] = {
         "Hyper-SD, LoRA of 12 steps that keeps guidance (5 to 8)", HYPER, "ddim", 12, 5.0, TRAILING
     ),
     "hyper-unified": Preset("Hyper-SD, the unified LoRA, for 1 to 8 steps", HYPER, "tcd", 4, 0.0, {"eta": 1.0}),
+    "hyper-sd3-4step": Preset("Hyper-SD3, LoRA of 4 steps (at 0.125)", HYPER, "flow_euler", 4, 3.0),
+    "hyper-sd3-8step": Preset("Hyper-SD3, LoRA of 8 steps (at 0.125)", HYPER, "flow_euler", 8, 5.0),
+    "hyper-sd3-16step": Preset("Hyper-SD3, LoRA of 16 steps (at 0.125)", HYPER, "flow_euler", 16, 7.0),
     "hyper-flux-8step": Preset("Hyper-FLUX.1-dev, LoRA of 8 steps (at 0.125)", HYPER, "flow_euler", 8, 3.5),
     "hyper-flux-16step": Preset("Hyper-FLUX.1-dev, LoRA of 16 steps (at 0.125)", HYPER, "flow_euler", 16, 3.5),
     "sd-turbo": Preset("SD-Turbo", "https://huggingface.co/stabilityai/sd-turbo", "euler", 1, 0.0, TRAILING),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from runtimes.presets import PRESETS
 from runtimes.samplers import compile_table
 from runtimes.samplers.describe import _row, describe, formula, spread
 
@@ -146,3 +147,23 @@ def test_formulas_read_as_people_write_them() -> None:
     assert formula({"X": 0.98, "M": -0.125}) == "0.98 X - 0.125 M"
     assert formula({"X": -1.0, "H0": 1.0}) == "-X + H0"
     assert formula({}) == "0"
+
+
+def test_options_are_given_by_name(say: Say) -> None:
+    words = ("sampler", "euler", "--steps", "4", "--json", "--scheduler")
+    rows = json.loads(say(*words, "timestep_spacing=trailing").out)["rows"]
+    assert [row["t"] for row in rows] == [999.0, 749.0, 499.0, 249.0]
+    for option, error in (
+        ("spacing=trailing", "EulerDiscreteScheduler has no option 'spacing'; it has num_train_timesteps, "),
+        ("trailing", "'trailing' is not NAME=VALUE, like timestep_spacing=trailing"),
+    ):
+        said = say(*words, option)
+        assert said.code == 2 and error in said.err
+    assert "give each option once" in say(*words, "shift=1", "--scheduler", "shift=2").err
+
+
+def test_presets_are_listed_where_they_are_asked_for(say: Say) -> None:
+    for command in ("build", "export", "run"):
+        text = " ".join(say(command, "--help").out.split())
+        assert all(name in text.replace(" ", "") for name in PRESETS)
+    assert "'x' is not one of 'lcm', " in say("build", "c", "--target", "onnxruntime", "-o", "b", "--preset", "x").err

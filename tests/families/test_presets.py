@@ -19,7 +19,7 @@ from runtimes.errors import DexportError
 from runtimes.pipeline import Pipeline
 from runtimes.presets import PRESETS
 from runtimes.request import Request
-from tests.families import harness
+from tests.families import harness, small_flow
 
 WORDS = "red apple"
 
@@ -99,3 +99,26 @@ def test_options_at_build_are_checked_before_anything_is_made(tiny_sd: Path, tmp
     read = ensemble.read(Origin(tiny_sd, scheduler={"timesteps": [9, 5]}))
     (stage,) = ensemble.stages(read, Shape(64, 64, free=False))
     assert stage.steps == 2 and stage.scheduler["timesteps"] == [9, 5]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"sigmas": [1.0, 0.6, 0.2]}, {"sigmas": [1.0, 0.6, 0.2]}),
+        ({"shift": 3.0, "use_dynamic_shifting": False}, {"num_inference_steps": 3}),
+    ],
+)
+def test_a_flow_takes_options_and_sigmas_of_its_own(
+    options: dict[str, Any], told: dict[str, Any], tmp_path: Path
+) -> None:
+    """In place of the even ones that its pipeline gives to the scheduler."""
+    small_flow.flux(tmp_path / "flux")
+    origin = Origin(tmp_path / "flux", scheduler=options, steps=None if "sigmas" in options else 3)
+    (made,) = build(origin, tmp_path / "b", targets="onnxruntime", shape=(64, 64))
+    pipe = diffusers.FluxPipeline.from_pretrained(tmp_path / "flux", torch_dtype="float32")
+    pipe.set_progress_bar_config(disable=True)
+    if "sigmas" not in options:
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **options)
+    expected = harness.theirs(pipe, prompt=WORDS, height=64, width=64, max_sequence_length=512, **told)
+    got = harness.ours(Pipeline.load(made.folder), Request([WORDS]))
+    assert abs(got - expected).max() < 1e-3
