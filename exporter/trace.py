@@ -120,21 +120,23 @@ def build(spec: Spec) -> Modules:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep torch's and diffusers' remarks about themselves from the user's screen; errors still come through."""
-    from diffusers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
 
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "diffusers", "transformers")]
     levels = [logger.level for logger in loggers]
-    has_bars = is_progress_bar_enabled()
+    bars = [library for library in (of_diffusers, of_transformers) if library.is_progress_bar_enabled()]
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        disable_progress_bar()
+        for library in bars:
+            library.disable_progress_bar()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        if has_bars:
-            enable_progress_bar()
+        for library in bars:
+            library.enable_progress_bar()
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 
