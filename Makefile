@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test check format clean
+.PHONY: help install demo test oracle check format clean
 .SILENT:
 
 help:
 	echo "make demo     install, build the emoji model for every backend and draw with it"
 	echo "make test     install and run all tests"
+	echo "make oracle   compare checkpoints changed in thousands of ways with diffusers' own reading (hours)"
 	echo "make check    format, lint, types, direction of imports"
 	echo "make format   let ruff put the code in order"
 	echo "make install  make $(VENV) with everything in it"
@@ -27,6 +28,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+oracle: $(STAMP)
+	$(BIN)/python -m tests.exactness
 
 check: $(STAMP)
 	$(BIN)/ruff format --check --quiet

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers
+import numpy as np
 import torch
 
 from exporter import ensemble, hub, oracle_run, record
@@ -72,7 +74,14 @@ SUBJECTS: tuple[Subject, ...] = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a change: "same", "refused", "both refuse", or "DIFFERENT"; and how, in a line."""
+    """What became of a change, one of ``KINDS``, and how, in a line."""
+
+    SAME: ClassVar[str] = "same image"
+    REFUSED: ClassVar[str] = "refused by dexport"
+    BOTH: ClassVar[str] = "refused by both"
+    THEIRS: ClassVar[str] = "diffusers fails"  # and so does a build, which has nothing to be compared with
+    DIFFERENT: ClassVar[str] = "silently different"
+    KINDS: ClassVar[tuple[str, ...]] = (SAME, REFUSED, BOTH, THEIRS, DIFFERENT)
 
     what: str
     how: str = ""
@@ -89,17 +98,32 @@ def compare(subject: Subject, checkpoint: Path, mutation: Mutation | None) -> Ou
             steps = [step.sample for step in pipeline.generate(request)]
             mine = pipeline.decode(steps[-1], request)
         except DexportError as error:
-            return Outcome("refused", str(error).replace(str(folder), "CHECKPOINT"))
+            return Outcome(_refused(folder, subject), str(error).replace(str(folder), "CHECKPOINT"))
+        except Exception as error:  # a bug of ours, whatever diffusers makes of it
+            return Outcome(Outcome.DIFFERENT, f"a crash: {type(error).__name__}: {error}"[:200])
         try:
             theirs = oracle_run.run([_theirs(folder)], pipeline, request, explicit=explicit).image
         except Exception as error:
-            return Outcome(
-                "diffusers fails", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            )
+            return Outcome(Outcome.THEIRS, f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
         if theirs.shape[-2:] != mine.shape[-2:]:
-            return Outcome("DIFFERENT", f"sizes {theirs.shape[-2:]} and {mine.shape[-2:]}")
-        found = psnr(theirs * (mine * 0 + 1), mine)  # grey images have one channel
-        return Outcome("same" if found >= SAME_DB else "DIFFERENT", f"{found:.1f} dB")
+            return Outcome(Outcome.DIFFERENT, f"sizes {theirs.shape[-2:]} and {mine.shape[-2:]}")
+        found = psnr(np.broadcast_to(theirs, mine.shape), mine)  # grey images have one channel
+        return Outcome(Outcome.SAME if found >= SAME_DB else Outcome.DIFFERENT, f"{found:.1f} dB")
+
+
+def _refused(folder: Path, subject: Subject) -> str:
+    """Whether diffusers' own pipeline cannot be made of the checkpoint either, or runs into an error."""
+    try:
+        pipe = _theirs(folder)
+        known = inspect.signature(pipe.__call__).parameters
+        words = {"prompt": "a", "num_inference_steps": 1, "output_type": "np", "class_labels": [1]}
+        if subject.shape:
+            words |= dict(zip(("height", "width"), subject.shape, strict=True))
+        with quiet(), torch.inference_mode():
+            pipe(**{name: value for name, value in words.items() if name in known})
+    except Exception:  # each class fails in its own way
+        return Outcome.BOTH
+    return Outcome.REFUSED
 
 
 def _ours(subject: Subject, folder: Path, tokenizers: Path) -> tuple[Pipeline, Any, frozenset[str]]:
@@ -136,11 +160,60 @@ def _theirs(folder: Path) -> Any:
     return pipe
 
 
-def table(found: Mapping[str, Mapping[str, Sequence[Outcome]]]) -> str:
-    """Rows of Markdown: for each class and kind of change, how many came out how."""
-    columns = ("same", "refused", "diffusers fails", "DIFFERENT")
-    lines = ["| pipeline class | changes | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
-    for name, kinds in found.items():
-        every = [outcome.what for outcomes in kinds.values() for outcome in outcomes]
-        lines.append(f"| `{name}` | {len(every)} | " + " | ".join(str(every.count(what)) for what in columns) + " |")
-    return "\n".join(lines)
+HEAD = """# Exactness
+
+How small checkpoints of diffusers {version}'s own classes are read when a file of theirs is not what it was: an
+option left out, added or of another value, a checkpoint that was saved long ago, two files that name different
+schedulers. Each is one change to one JSON file; diffusers' own pipeline and ours make the first image of it from the
+same noise, and the images are compared (same: {same:g} dB PSNR at least). This page is written by `make oracle`
+(`python -m tests.exactness`); {how}.
+
+"Refused by dexport" is a line that says why, before anything is written; it counts what diffusers makes an image of
+all the same. Where diffusers itself fails, so does a build. A build compares every checkpoint with diffusers' own
+pipeline anyway ([architecture](architecture.md#exactness-is-a-gate)): what is counted here is that the reading itself
+is right.
+
+"""
+MORE = """
+By the kind of change:
+
+"""
+APART = """
+## Where we differ on purpose
+
+- A caption is not cleaned (`clean_caption`), and a size is not rounded to a trained one (`use_resolution_binning`),
+  as PixArt's and Sana's pipelines do by default.
+- The default number of steps is smaller for Stable Diffusion and SDXL (20, where diffusers' 50 were for PNDM).
+- Flux.1 schnell takes 256 tokens of T5, as its model card says; diffusers' default is 512.
+- Kandinsky, Stable Cascade and Würstchen generate the size of their checkpoint by default, diffusers always 512
+  pixels.
+- An autoencoder gives the mode of its latents, not a draw of them; an image of another size is cropped
+  ([images](images.md)).
+- `StableDiffusionXLInpaintPipeline` and `AnimateDiffSDXLPipeline` leave out the mean of an autoencoder's latents on
+  one side or both; we do not, and compare such a checkpoint without them.
+"""
+
+
+def page(found: Mapping[str, Sequence[tuple[str, str, Outcome]]], every: int, version: str) -> str:
+    """The page's text: for each class and for each kind of change, how many came out how."""
+    total = sum(len(run) - 1 for run in found.values())
+    how = (
+        f"all {total} changes were compared"
+        if every == 1
+        else f"here every {every}th change was compared, {total} in all"
+    )
+    rows = {f"`{name}`": [outcome for kind, _, outcome in run if kind] for name, run in found.items()}
+    kinds: dict[str, list[Outcome]] = {}
+    for run in found.values():
+        for kind, _, outcome in run[1:]:
+            kinds.setdefault(kind, []).append(outcome)
+    head = HEAD.format(version=version, same=SAME_DB, how=how)
+    return head + _table("pipeline class", rows) + MORE + _table("change", dict(sorted(kinds.items()))) + APART
+
+
+def _table(first: str, rows: Mapping[str, Sequence[Outcome]]) -> str:
+    lines = [f"| {first} | changes | " + " | ".join(Outcome.KINDS) + " |", "|---" * (len(Outcome.KINDS) + 2) + "|"]
+    for name, outcomes in rows.items():
+        counts = [sum(outcome.what == what for outcome in outcomes) for what in Outcome.KINDS]
+        lines.append(f"| {name} | {len(outcomes)} | " + " | ".join(map(str, counts)) + " |")
+    return "\n".join(lines) + "\n"

@@ -38,6 +38,7 @@ SCHEDULERS = (
     "DPMSolverMultistepScheduler",
 )
 FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+SIZES = ("steps_offset", "sample_size", "model_max_length", "max_position_embeddings")
 OLD = "0.4.0"  # of diffusers: before most of what constructors repair
 EXTRA = {  # options that old files have, or that are added by hand, by the kind of file
     "scheduler_config.json": {"clip_sample": True, "steps_offset": 0, "skip_prk_steps": False, "set_alpha_to_one": True,

@@ -1,0 +1,163 @@
+"""Checkpoints are read as diffusers' own pipeline object has them, and a reading that parts from it is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+from exporter import ensemble, hub, oracle, record
+from exporter.families import Shape
+from runtimes.errors import DexportError, GateError
+from runtimes.manifest import Graph, Model
+from tests.families import small, small_cascades
+
+Change = Callable[[dict[str, Any]], Any]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("oracle") / "checkpoint"
+    small_cascades.stable_diffusion(folder)
+    return folder
+
+
+def changed(checkpoint: Path, folder: Path, file: str, change: Change) -> Path:
+    """A copy of a checkpoint with one JSON file changed."""
+    copy = Path(shutil.copytree(checkpoint, folder / "changed"))
+    content = json.loads((copy / file).read_text())
+    change(content)
+    (copy / file).write_text(json.dumps(content))
+    return copy
+
+
+def theirs(folder: Path) -> Any:
+    return diffusers.DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, safety_checker=None)
+
+
+SCHEDULER = "scheduler/scheduler_config.json"
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        (SCHEDULER, lambda content: content.pop("clip_sample")),
+        (SCHEDULER, lambda content: content.pop("steps_offset")),
+        (SCHEDULER, lambda content: content.update(steps_offset=0, clip_sample=True)),
+        (SCHEDULER, lambda content: content.update(_class_name="EulerDiscreteScheduler")),
+        (SCHEDULER, lambda content: content.pop("_class_name")),
+        ("model_index.json", lambda content: content.update(scheduler=["diffusers", "DPMSolverMultistepScheduler"])),
+    ],
+    ids=["no clip_sample", "no steps_offset", "old values", "another class", "no class", "model_index says another"],
+)
+def test_schedulers_are_what_the_pipeline_has(checkpoint: Path, tmp_path: Path, file: str, change: Change) -> None:
+    folder = changed(checkpoint, tmp_path, file, change)
+    live, read = theirs(folder).scheduler, ensemble.read(folder).scheduler
+    assert read["_class_name"] == type(live).__name__
+    for name in ("clip_sample", "steps_offset", "set_alpha_to_one", "beta_start", "prediction_type"):
+        if name in read:
+            assert read[name] == live.config[name], name
+    for name in (
+        "clip_sample",
+        "steps_offset",
+    ):  # which a constructor repairs, so that they cannot be left to a default
+        if name in live.config:
+            assert read[name] == live.config[name], name
+
+
+def test_a_unet_that_was_saved_long_ago_has_the_size_that_the_pipeline_gives_it(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = changed(
+        checkpoint, tmp_path, "unet/config.json", lambda content: content.update(_diffusers_version="0.6.0")
+    )
+    pipe, read = theirs(folder), ensemble.read(folder)
+    assert pipe.unet.config.sample_size == read.components["unet"].config["sample_size"] == 64
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    assert read.family.default_shape(read) == (side, side)
+
+
+def test_lent_weights_are_the_pipelines_own(checkpoint: Path) -> None:
+    """Each parameter, when it is asked for; and none of them takes memory in between."""
+    (pipe,) = oracle.pipelines(ensemble.read(checkpoint))
+    own = theirs(checkpoint)
+    for name in ("unet", "vae", "text_encoder"):
+        modules, wanted = dict(pipe.components[name].named_modules()), getattr(own, name).state_dict()
+        for key, value in wanted.items():
+            path, _, last = key.rpartition(".")
+            assert torch.equal(getattr(modules[path], last), value), f"{name}.{key}"
+        hollow = sum(part.untyped_storage().nbytes() for part in pipe.components[name].parameters())
+        assert hollow == 4 * sum(1 for _ in pipe.components[name].parameters())
+
+
+@pytest.fixture(scope="module")
+def read(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Model, Path]:
+    """The checkpoint and its model, as an export would write it."""
+    folder = tmp_path_factory.mktemp("model")
+    source = ensemble.read(checkpoint)
+    size = Shape(*source.family.default_shape(source), free=False)
+    graphs = {
+        name: Graph(spec.kind, f"{name}/model.onnx", spec.inputs, spec.outputs, sizes=spec.sizes)
+        for name, spec in ensemble.specs(source, size).items()
+    }
+    stages = ensemble.stages(source, size)
+    model = Model(source.family.NAME, source.pipeline, graphs, hub._write_tokenizers(source, folder), stages, ())
+    return source, model, folder
+
+
+def test_a_right_reading_follows(read: tuple[Any, Model, Path]) -> None:
+    source, model, folder = read
+    found = record.record(source, model, folder)
+    assert found.oracle == "diffusers StableDiffusionPipeline"
+    assert [case.name for case in found.cases] == ["default settings", "other settings", "image to image", "inpainting"]
+    assert {name: bool(calls) for name, calls in found.calls.items()} == dict.fromkeys(model.graphs, True)
+
+
+def wrong(model: Model, **changes: Any) -> Model:
+    return replace(model, stages=(replace(model.stages[0], **changes),))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda m: wrong(m, scheduler={**m.stages[0].scheduler, "beta_end": 0.015}), "the sample of step 2"),
+        (lambda m: wrong(m, scheduler={**m.stages[0].scheduler, "steps_offset": 0}), "the timesteps"),
+        (lambda m: wrong(m, scheduler={**m.stages[0].scheduler, "clip_sample": True}), "the sample of step 2"),
+        (lambda m: wrong(m, guidance=replace(m.stages[0].guidance, scale=7.0)), "output 1"),
+        (lambda m: wrong(m, guidance=replace(m.stages[0].guidance, empty="zeros")), "output 1"),
+        (lambda m: wrong(m, sample=(4, 16, 16)), "the size of the image"),
+        (lambda m: replace(m, tokenizers=(replace(m.tokenizers[0], lower=True, template="a {}"),)), "the tokens"),
+    ],
+    ids=["betas", "steps_offset", "clipping", "guidance", "empty prompt", "size", "tokens"],
+)
+def test_the_first_thing_in_which_a_reading_parts_is_named(
+    read: tuple[Any, Model, Path], spoil: Callable[[Model], Model], words: str
+) -> None:
+    source, model, folder = read
+    with pytest.raises(GateError, match=f"parts from diffusers' own .* in {words}") as error:
+        record.record(source, spoil(model), folder)
+    assert "\n" not in str(error.value) and "nothing was written" in str(error.value)
+
+
+def test_what_diffusers_cannot_make_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    folder = changed(checkpoint, tmp_path, SCHEDULER, lambda content: content.update(beta_schedule="no such"))
+    with pytest.raises(
+        DexportError, match="diffusers' StableDiffusionPipeline cannot be made of it: NotImplementedError"
+    ):
+        ensemble.read(folder)
+
+
+def test_a_sampler_of_ones_choice_is_made_of_the_pipelines_own(tmp_path: Path) -> None:
+    """As users of diffusers do, with from_config; and latents are not clipped where the file says nothing of it."""
+    small.sdxl(tmp_path / "sdxl")
+    source = ensemble.read(ensemble.Origin(tmp_path / "sdxl", sampler="ddim"))
+    (pipe,) = oracle.pipelines(source)
+    assert type(pipe.scheduler).__name__ == "DDIMScheduler" and pipe.scheduler.config.clip_sample is False
+    assert pipe.scheduler.config.beta_start == small.SCHEDULE["beta_start"]
