@@ -223,7 +223,7 @@ def read(
             raise repository.no_variant(path, variant, [file.name for file in path.glob("*/*")])
     else:
         weights = single_file.convert(path, header, configs, without=autoencoder.NAME if vae else None)
-        scheduler |= single_file.scheduler_options(header)
+        scheduler = {**scheduler, **single_file.scheduler_options(header)}
         files[path.name] = path
         if folder.parent == single_file.CONFIGS:
             files |= {f"{name}/merges.txt": single_file.CONFIGS / "merges.txt" for name in tokenizers}

@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 
-from exporter import consistency, families, ip_adapter, tiny_decoder
+from exporter import consistency, families, ip_adapter, tiny_decoder, tokenizer
 from exporter.checkpoint import LIBRARIES, Checkpoint, Component, TokenizerFiles, finite_config
 from exporter.combined import COMBINED, PREFIX
 from exporter.reference import lend
 from exporter.trace import Unfilled, quiet
 from exporter.weights import parameter_shapes, tied
+from runtimes import samplers
 from runtimes.errors import DexportError
 from runtimes.safetensors import Stored
 
@@ -49,13 +50,12 @@ def as_diffusers_reads(checkpoint: Checkpoint) -> Checkpoint:
     for name, part in components.items():
         module = pipe.components.get(name)
         if hasattr(module, "config_as_loaded"):
-            changed = {
-                key: value for key, value in dict(module.config).items() if module.config_as_loaded.get(key) != value
-            }
-            components[name] = replace(part, config={**part.config, **_plain(changed)})
+            changed = _plain(_differing(dict(module.config), module.config_as_loaded))
+            components[name] = replace(part, config={**part.config, **changed})
     schedulers = {name: _scheduler(checkpoint, name, pipe.components[name]) for name in checkpoint.schedulers}
     main = families.schedulers(checkpoint.family)[0]
-    return replace(checkpoint, components=components, schedulers=schedulers, scheduler=schedulers[main])
+    said = _differing(checkpoint.scheduler, checkpoint.schedulers[main])  # by a single file, or for a motion adapter
+    return replace(checkpoint, components=components, schedulers=schedulers, scheduler={**schedulers[main], **said})
 
 
 def _scheduler(checkpoint: Checkpoint, name: str, live: Any) -> dict[str, Any]:
@@ -177,7 +177,8 @@ def _set_scheduler(checkpoint: Checkpoint, pipe: Any, name: str, wanted: Mapping
     own = _scheduler(checkpoint, name, live)
     if dict(wanted) == own:
         return
-    changes = {key: value for key, value in wanted.items() if own.get(key) != value and key != "_class_name"}
+    said = (*samplers.options.LISTS, "eta", "_class_name")  # the first ones are arguments of the pipeline's call
+    changes = {key: value for key, value in _differing(wanted, own).items() if key not in said}
     made = _class(str(wanted["_class_name"])).from_config(live.config, **changes)
     for owner in (pipe, *(getattr(pipe, inner) for inner in ("prior_pipe", "decoder_pipe") if hasattr(pipe, inner))):
         for key, part in owner.components.items():
@@ -276,12 +277,12 @@ def hollow(checkpoint: Checkpoint, part: Component, folder: Path) -> Any:
     if hasattr(kind, "load_config"):
         is_own = part.path in (folder, checkpoint.path) and _is_own(part, folder)
         raw = dict(kind.load_config(folder)) if is_own else dict(part.config)
-        module = kind.from_config({**raw, **_changes(part, raw)})
+        module = kind.from_config({**raw, **_differing(part.config, raw)})
         module.config_as_loaded = dict(module.config)
     else:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config = kind.config_class.from_pretrained(folder, local_files_only=True)
-        for key, value in _changes(part, raw).items():
+        for key, value in _differing(part.config, raw).items():
             setattr(config, key, value)
         module = kind(config)
     module = module.to(torch.float32).eval().requires_grad_(False)
@@ -295,8 +296,9 @@ def _is_own(part: Component, folder: Path) -> bool:
     return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("_class_name") == part.class_name
 
 
-def _changes(part: Component, raw: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in part.config.items() if raw.get(key) != value}
+def _differing(config: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config has that another has not, or not so."""
+    return {key: value for key, value in config.items() if key not in other or other[key] != value}
 
 
 def _class(name: str) -> Any:
@@ -315,9 +317,7 @@ def _class(name: str) -> Any:
 
 
 def _tokenizer(checkpoint: Checkpoint, files: TokenizerFiles) -> Any:
-    import transformers
-
-    made = getattr(transformers, files.class_name).from_pretrained(files.path, local_files_only=True)
+    made = tokenizer.load(files.path, files.class_name)
     if checkpoint.words:
         made.add_tokens(list(checkpoint.words))
     return made

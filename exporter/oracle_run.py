@@ -131,6 +131,8 @@ def arguments(pipe: Any, model: Model, request: Request, explicit: frozenset[str
     is_true_cfg = main.guidance.kind == "cfg" and "true_cfg_scale" in known  # which needs a negative prompt, if empty
     if request.negative_prompt or (is_true_cfg and request.prompts):
         words["negative_prompt"] = [request.negative_prompt]
+    words["eta"] = main.scheduler.get("eta")
+    words["timesteps"], words["sigmas"] = main.scheduler.get("timesteps"), (main.scheduler.get("sigmas") or [])[:-1]
     for way in cascade.ways(model.stages):
         words |= _of_chain(way, model, request, explicit, known, is_true_cfg, type(pipe).__name__)
     height, width = (side * last.factor for side in last.sample[-2:]) if len(last.sample) > 2 else (0, 0)
@@ -147,7 +149,9 @@ def arguments(pipe: Any, model: Model, request: Request, explicit: frozenset[str
         words["num_frames"] = last.sample[1]
     if "intermediate_timesteps" in known and words.get(STEPS) != 2:
         words["intermediate_timesteps"] = None
-    return {name: value for name, value in words.items() if name in known and (value is not None or name in NONE_SAID)}
+    return {
+        name: value for name, value in words.items() if name in known and (value not in (None, []) or name in NONE_SAID)
+    }
 
 
 def _control_images(model: Model, request: Request, known: Mapping[str, Any]) -> dict[str, Any]:
