@@ -254,7 +254,7 @@ class Following(Pipeline):
         theirs = np.broadcast_to(run.image, mine.shape)  # grey images have one channel
         if not psnr(theirs, mine) >= IMAGES:
             raise self._parted("the decoded image", f"{psnr(theirs, mine):.1f} dB PSNR")
-        return Case(name, request, tuple(steps), np.ascontiguousarray(theirs))
+        return Case(name, request, tuple(steps), np.array(theirs))
 
     def _check_size(self, request: Request) -> None:
         mine, theirs = self._pixels(request), self._run.image.shape[-2:]

@@ -168,7 +168,7 @@ def test_verify_shows_each_graph_against_its_band(say: Say, workshop: Workshop) 
     said = say("verify", workshop.bundle, "--json")
     assert said.code == 0, said.err
     assert said.json["passed"] is True
-    assert {check["graph"] for check in said.json["checks"]} == {"text", "denoiser", "decoder", "encoder"}
+    assert {check["graph"] for check in said.json["checks"]} == {"text", "denoiser", "decoder", "encoder", "run"}
     assert all(check["agreement"]["sqnr_db"] >= check["least_db"] and check["passed"] for check in said.json["checks"])
     text = say("verify", workshop.bundle)
     assert "MISSED" not in text.out and "denoiser" in text.out

@@ -388,7 +388,7 @@ def test_without_a_stderr_work_goes_on(workshop: Workshop) -> None:
 def test_a_console_without_our_signs_shows_others(workshop: Workshop) -> None:
     done = shell(f"PYTHONIOENCODING=cp1252 {sys.executable} -m dexport verify {workshop.bundle}")
     assert done.returncode == 0, done.stderr
-    assert "? 90" in done.stdout
+    assert re.search(r"\? \d+\.\d+ +ok", done.stdout)
 
 
 def test_no_error_ever_prints_a_path_of_the_source(say: Say, tmp_path: Path) -> None:

@@ -174,6 +174,10 @@ def test_hubs_and_bundles_that_make_no_sense(tmp_path: Path, change: Change, mes
     assert message in line(error)
 
 
+BANDS = {"graphs": {"text": 90.0, "denoiser": 90.0}, "latents": 80.0, "image": 60.0}
+TEST: dict[str, Any] = {"subject": "a", "steps": {"base": 2}, "bands": BANDS}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -182,7 +186,11 @@ def test_hubs_and_bundles_that_make_no_sense(tmp_path: Path, change: Change, mes
         ({"precision": "int3"}, "precision is 'int3'"),
         ({"accuracy": {}}, "gate is None"),
         ({"accuracy": {"gate": "sure"}}, "gate is 'sure'"),
-        ({"accuracy": {"gate": "passed"}}, r"uses 'golden.safetensors' but does not list it"),
+        ({"self_test": TEST}, r"uses 'golden.safetensors' but does not list it"),
+        ({"self_test": TEST | {"steps": {"base": 0}}}, "steps: base is 0"),
+        ({"self_test": TEST | {"steps": {"other": 1}}}, "steps: other is 1"),
+        ({"self_test": TEST | {"strength": 2.0}}, "strength is 2.0"),
+        ({"self_test": TEST | {"bands": {"graphs": {"text": 1.0}, "latents": 1.0, "image": 1.0}}}, "bands: graphs"),
     ],
 )
 def test_manifests_that_make_no_sense(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
