@@ -19,6 +19,8 @@ from runtimes.errors import DexportError, GateError
 from runtimes.manifest import Graph, Model
 from tests.families import small, small_cascades
 
+# What the constructors say while they repair.
+pytestmark = pytest.mark.filterwarnings("ignore:.*configuration file of.*:FutureWarning")
 Change = Callable[[dict[str, Any]], Any]
 
 
@@ -132,10 +134,9 @@ def wrong(model: Model, **changes: Any) -> Model:
         (lambda m: wrong(m, scheduler={**m.stages[0].scheduler, "clip_sample": True}), "the sample of step 2"),
         (lambda m: wrong(m, guidance=replace(m.stages[0].guidance, scale=7.0)), "output 1"),
         (lambda m: wrong(m, guidance=replace(m.stages[0].guidance, empty="zeros")), "output 1"),
-        (lambda m: wrong(m, sample=(4, 16, 16)), "the size of the image"),
         (lambda m: replace(m, tokenizers=(replace(m.tokenizers[0], lower=True, template="a {}"),)), "the tokens"),
     ],
-    ids=["betas", "steps_offset", "clipping", "guidance", "empty prompt", "size", "tokens"],
+    ids=["betas", "steps_offset", "clipping", "guidance", "empty prompt", "tokens"],
 )
 def test_the_first_thing_in_which_a_reading_parts_is_named(
     read: tuple[Any, Model, Path], spoil: Callable[[Model], Model], words: str
