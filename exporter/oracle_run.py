@@ -52,12 +52,14 @@ class Step:
 class Run:
     """What a pipeline did: its steps, the token ids [B, S] that text encoders were given, and its image or video.
 
-    image: float32 [B, 3, H, W] in [0, 1], or [B, F, 3, H, W]. unpack: latents of the pipeline's layout to [B, C, h, w].
+    image: float32 [B, 3, H, W] in [0, 1], or [B, F, 3, H, W]; None where it was not decoded. size: its height and width
+    in pixels. unpack: latents of the pipeline's layout to [B, C, h, w].
     """
 
     steps: tuple[Step, ...]
     tokens: tuple[Array, ...]
-    image: Array
+    image: Array | None
+    size: tuple[int, int]
     unpack: Callable[[torch.Tensor], torch.Tensor]
 
     def laid_out(self, values: torch.Tensor, shape: Sequence[int]) -> Array | None:
@@ -80,12 +82,14 @@ class Run:
 
 
 def run(
-    pipes: Sequence[Any], pipeline: Pipeline, request: Request, *, explicit: frozenset[str], progress: Progress = silent
-) -> Run:
+    pipes: Sequence[Any], pipeline: Pipeline, request: Request, *, explicit: frozenset[str], decoded: bool = True,
+    progress: Progress = silent,
+) -> Run:  # fmt: skip
     """Run diffusers' pipelines on a request, with the noise that ``pipeline``, ours, draws for it.
 
     pipes: one, or a base and its refiner. explicit: which of "guidance" and "size" are said to them; what is not is
-    left to their own defaults. Raises DexportError where diffusers itself fails.
+    left to their own defaults. decoded: whether the latents become an image; where they do not, the size is ours.
+    Raises DexportError where diffusers itself fails.
     """
     steps: list[Step] = []
     tokens: list[Array] = []
@@ -96,6 +100,9 @@ def run(
         progress(f"diffusers: step {len(steps)}/{total}", min(len(steps) / (total + 1), 1.0))
 
     words = arguments(pipes[0], pipeline.model, request, explicit)
+    decoded = decoded or "output_type" not in words
+    if not decoded:
+        words["output_type"] = "latent"
     try:
         with ExitStack() as stack:
             stack.enter_context(quiet())
@@ -106,7 +113,7 @@ def run(
             if len(pipes) > 1:
                 at = pipeline.model.stages[-1].span[0]
                 words["image"] = pipes[0](**{**words, "output_type": "latent", "denoising_end": at}).images
-                words = {**arguments(pipes[1], pipeline.model, request, explicit), "image": words["image"]}
+                words |= {**arguments(pipes[1], pipeline.model, request, explicit), "image": words["image"]}
                 words["denoising_start"] = at
             result = pipes[-1](**words)
     except Exception as error:  # whatever a pipeline of diffusers raises for what it was not made for
@@ -114,7 +121,10 @@ def run(
         raise DexportError(
             f"diffusers' own {type(pipes[-1]).__name__} does not run: {type(error).__name__}: {said:.300}"
         ) from error
-    return Run(tuple(steps), tuple(tokens), _image(result), _unpacked(pipes[-1], words, _image(result)))
+    last = pipeline.model.stages[-1]
+    image = _image(result) if decoded else None
+    size = (last.sample[-2] * last.factor, last.sample[-1] * last.factor) if image is None else image.shape[-2:]
+    return Run(tuple(steps), tuple(tokens), image, (size[0], size[1]), _unpacked(pipes[-1], size))
 
 
 def arguments(pipe: Any, model: Model, request: Request, explicit: frozenset[str]) -> dict[str, Any]:
@@ -310,13 +320,13 @@ def _image(result: Any) -> Array:
     return np.moveaxis(found, -1, -3)
 
 
-def _unpacked(pipe: Any, words: Mapping[str, Any], image: Array) -> Callable[[torch.Tensor], torch.Tensor]:
+def _unpacked(pipe: Any, size: Sequence[int]) -> Callable[[torch.Tensor], torch.Tensor]:
     """diffusers' own way from packed latents to [B, C, h, w]."""
 
     def unpack(values: torch.Tensor) -> torch.Tensor:
         if not hasattr(pipe, "_unpack_latents"):
             return values
-        return pipe._unpack_latents(values, *image.shape[-2:], pipe.vae_scale_factor)  # type: ignore[no-any-return]
+        return pipe._unpack_latents(values, *size, pipe.vae_scale_factor)  # type: ignore[no-any-return]
 
     return unpack
 

@@ -33,7 +33,7 @@ from runtimes.session import Session, one_at_a_time
 from runtimes.verify import prompt_tokens
 
 Array = NDArray[Any]
-STEPS = 6  # of each chain of stages at default settings: enough timesteps to see drift, few for a large model on a CPU
+STEPS = 4  # of each chain of stages at default settings: enough timesteps to see drift, few for a large model on a CPU
 FEW = 2  # at other settings
 # A start from an image in steps and strength of which no product is whole, since families round it in their own ways.
 IMAGE_STEPS, IMAGE_STRENGTH = 3, 0.6
@@ -45,8 +45,9 @@ OTHER_GUIDANCE = 3.0
 # What our reading must reach against diffusers' in fp32, in dB. Both round to float32 at every step, and some of
 # diffusers' schedulers lose digits in it: the samples of the two are 60 dB apart at worst, and 110 as a rule.
 SAMPLES, OUTPUTS, IMAGES = 55.0, 60.0, 45.0
-# Which of a stage's calls the torch modules are asked for too, as parts of its way: at default settings, and at others.
-EVALUATED, FEWER = (0.0, 0.5, 1.0), (1.0,)
+# Which of a stage's calls the torch modules are asked for too, as parts of its way, by the name of the case. From an
+# image the model is told what it is told without one.
+EVALUATED = {"default settings": (0.0, 1.0), "other settings": (1.0,)}
 TIMESTEP = 1e-3  # the largest difference of two timesteps, whose rounding differs
 
 
@@ -60,12 +61,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Case:
-    """One run of the reference: its name, the request, the latents after each step of our loop, and the image."""
+    """One run of the reference: its name, the request, the latents after each step of our loop, and the image.
+
+    image: [B, 3, H, W], or a video; of the first case alone.
+    """
 
     name: str
     request: Request
     latents: tuple[Array, ...]
-    image: Array
+    image: Array | None
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,9 @@ class Reference:
     @property
     def image(self) -> Array:
         """The image at default settings, [B, 3, H, W], or the video."""
-        return self.cases[0].image
+        image = self.cases[0].image
+        assert image is not None
+        return image
 
 
 class TorchSession:
@@ -150,19 +156,21 @@ def record(checkpoint: Checkpoint, model: Model, hub: Path, progress: Progress =
         ours = Pipeline(model, hub, open_graph)
         try:
             used = [oracle.with_class(pipes[0], kind)] if kind else pipes
-            run = oracle_run.run(used, ours, request, explicit=explicit, progress=_within(share, 0, 0.7))
+            run = oracle_run.run(
+                used, ours, request, explicit=explicit, decoded=not cases or len(cascade.ways(model.stages)) > 1,
+                progress=_within(share, 0, 0.7),
+            )  # fmt: skip
         except DexportError as error:
             if not kind:
                 raise
             left[name] = str(error)  # diffusers' class for this task is not for this checkpoint
             continue
-        evaluated = EVALUATED if not cases else FEWER
-        follower = Following(model, hub, open_graph, run, f"{type(used[-1]).__name__}, {name}", evaluated)
+        follower = Following(model, hub, open_graph, run, f"{type(used[-1]).__name__}, {name}", EVALUATED.get(name, ()))
         cases.append(follower.follow(name, request, _within(share, 0.7, 0.3)))
         del run, follower
     encoder = cascade.main(model.stages)[0].encoder
     if encoder is not None and not calls[encoder]:
-        open_graph(encoder).run({"image": cases[0].image})
+        open_graph(encoder).run({"image": np.array(cases[0].image)})
     progress("reference: done", 1.0)
     whose = f"diffusers {' and '.join(type(pipe).__name__ for pipe in pipes)}" if pipes else "torch modules alone"
     tokens = prompt_tokens(Pipeline(model, hub, open_graph).prompts, model.stages, cases[0].request)
@@ -250,6 +258,8 @@ class Following(Pipeline):
         for step in self.generate(request):
             progress(f"reference: step {step.index + 1}/{step.total}", step.index / (step.total + 1))
             steps.append(step.sample)
+        if run.image is None:
+            return Case(name, request, tuple(steps), None)
         mine = self.decode(steps[-1], request)
         theirs = np.broadcast_to(run.image, mine.shape)  # grey images have one channel
         if not psnr(theirs, mine) >= IMAGES:
@@ -257,7 +267,7 @@ class Following(Pipeline):
         return Case(name, request, tuple(steps), np.array(theirs))
 
     def _check_size(self, request: Request) -> None:
-        mine, theirs = self._pixels(request), self._run.image.shape[-2:]
+        mine, theirs = self._pixels(request), self._run.size
         if mine != theirs:
             raise self._parted(
                 "the size of the image", f"{mine[0]}x{mine[1]} where diffusers has {theirs[0]}x{theirs[1]}"
