@@ -24,7 +24,7 @@ from exporter.tries import Calibrated
 from runtimes import bundle
 from runtimes.errors import DexportError, Progress, silent
 from runtimes.manifest import Manifest, Model, SelfTest, Stage, to_json
-from runtimes.session import Session, one_at_a_time, require, runs_here
+from runtimes.session import Session, backend, one_at_a_time, require, runs_here
 from runtimes.target import Target
 
 if TYPE_CHECKING:
@@ -95,6 +95,8 @@ def build(
         )
         reference = record.record(source, model, hub_folder, share(0.5, 0.8))
         noise = spread.measure(source, model, reference.calls, _precisions(pairs), record.size(model), share(0.8, 0.9))
+        if not any(map(_shows_export, pairs)) and backend("onnxruntime").version() is not None:
+            gate.prove_hub(reference, model, hub_folder, share(0.9, 1))
         decoded = {}
         if tiny_decoder.COMPONENT in source.components:
             decoded["decoder"] = tiny_decoder.against_full(source, reference, replace(size, free=False))
@@ -260,6 +262,12 @@ def _check_use(stages: Sequence[Stage], pairs: Sequence[tuple[Target, str]], set
     if any(precision in quantized.PRECISIONS for _, precision in pairs):
         quantized.check(stages)
     settings.check_for(stages)
+
+
+def _shows_export(pair: tuple[Target, str]) -> bool:
+    """Whether a bundle runs the exported graphs in fp32 here, so that its own proof shows a fault of theirs."""
+    target, precision = pair
+    return precision == "fp32" and target.backend != "tensorrt" and runs_here(target)
 
 
 def _precisions(pairs: Sequence[tuple[Target, str]]) -> list[str]:
