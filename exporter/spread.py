@@ -177,6 +177,9 @@ Of thirteen families of random weights, OpenVINO's and ONNX Runtime's graphs are
 simulation to 9 dB further in bf16, and to 17 dB in fp32, where a runtime has a tanh or a sine of its own.
 """
 
+SPAN = 40.0
+"""How far above its floor, in dB, a limit may be: a graph with nothing that a precision rounds has no noise to go by."""
+
 GROWTH = 8.0
 """How much further the latents of a run may be than the worst call alone: guidance multiplies its outputs' noise."""
 
@@ -202,7 +205,7 @@ def limits(found: Mapping[str, Mapping[str, Sequence[float]]], model: Model, pre
     for name, graph in model.graphs.items():
         own = graph.properties.get("precision", precision)
         least, margin = FLOORS[own].graph, MARGINS[own]
-        calls[name] = tuple(round(max(least, noise - margin), 2) for noise in found[name][own])
+        calls[name] = tuple(round(max(least, min(noise - margin, least + SPAN)), 2) for noise in found[name][own])
     floor = FLOORS[precision]
     worst = min(min(calls[stage.denoiser]) for stage in model.stages)
     return Limits(calls, max(floor.latents, round(worst - GROWTH, 2)), floor.image)
