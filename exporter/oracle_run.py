@@ -35,7 +35,7 @@ STEPS, GUIDANCE = "num_inference_steps", "guidance_scale"
 CALLED = {"superresolution": "super_res"}
 # What our bundles do not do to a prompt or a size, each by default on in diffusers (docs/exactness.md).
 LEFT_OUT = {"clean_caption": False, "use_resolution_binning": False}
-# Classes that are told how many tokens of T5 there are: of Flux.1 schnell half as many as by default, by its model card.
+# Classes that are told how many tokens of T5 there are: of Flux.1 schnell half the default, by its model card.
 COUNTED = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")
 COUNTS_FROM_0 = ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline")  # scales of guidance
 

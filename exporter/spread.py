@@ -181,7 +181,7 @@ SPAN = 40.0
 """How far above its floor, in dB, a limit may be: a graph with nothing that a precision rounds has no noise to go by."""
 
 GROWTH = 8.0
-"""How much further the latents of a run may be than the worst call alone: guidance multiplies its outputs' noise."""
+"""How much further the latents of a run may be than the worst call: guidance multiplies its outputs' noise."""
 
 CROPPED = {"decoder": 32, "encoder": 256}
 """Sides up to which an autoencoder is run: its noise is the same in each part of an image."""

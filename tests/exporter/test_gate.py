@@ -179,5 +179,5 @@ def test_an_export_that_is_not_the_torch_model_is_refused_whatever_the_precision
     graph = model.graphs["denoiser"]
     with spoiled(folder / graph.file, bias_dropped("up_blocks.2.resnets.1.conv1.bias")) as wrong:
         broken = replace(graph, file=wrong.relative_to(folder).as_posix())
-        with pytest.raises(GateError, match="the exported graph denoiser is not the torch model: SQNR .* in fp32"):
+        with pytest.raises(GateError, match=r"the exported graph denoiser is not the torch model: SQNR .* in fp32"):
             gate.prove_hub(reference, replace(model, graphs={**model.graphs, "denoiser": broken}), folder)
