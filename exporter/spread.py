@@ -178,7 +178,7 @@ simulation to 9 dB further in bf16, and to 17 dB in fp32, where a runtime has a 
 """
 
 SPAN = 40.0
-"""How far above its floor, in dB, a limit may be: a graph with nothing that a precision rounds has no noise to go by."""
+"""How far above its floor, in dB, a limit may be: a graph with nothing to round has no noise to go by."""
 
 GROWTH = 8.0
 """How much further the latents of a run may be than the worst call: guidance multiplies its outputs' noise."""
