@@ -147,7 +147,9 @@ def arguments(pipe: Any, model: Model, request: Request, explicit: frozenset[str
     words["eta"] = main.scheduler.get("eta")
     words["timesteps"], words["sigmas"] = main.scheduler.get("timesteps"), (main.scheduler.get("sigmas") or [])[:-1]
     for way in cascade.ways(model.stages):
-        words |= _of_chain(way, model, request, explicit, known, is_true_cfg, type(pipe).__name__)
+        words = (
+            _of_chain(way, model, request, explicit, known, is_true_cfg, type(pipe).__name__) | words
+        )  # what an earlier one is told stays
     height, width = (side * last.factor for side in last.sample[-2:]) if len(last.sample) > 2 else (0, 0)
     if request.image is not None:
         words |= {"image": request.image, "mask_image": request.mask}

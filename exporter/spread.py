@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from exporter import reference
 from exporter.checkpoint import Checkpoint
 from exporter.record import Call
+from runtimes import cascade
 from runtimes.accuracy import compare
 from runtimes.errors import Progress, silent
 from runtimes.manifest import Graph, Model
@@ -208,7 +209,8 @@ def limits(found: Mapping[str, Mapping[str, Sequence[float]]], model: Model, pre
         calls[name] = tuple(round(max(least, min(noise - margin, least + SPAN)), 2) for noise in found[name][own])
     floor = FLOORS[precision]
     worst = min(min(calls[stage.denoiser]) for stage in model.stages)
-    return Limits(calls, max(floor.latents, round(worst - GROWTH, 2)), floor.image)
+    growth = GROWTH * len(cascade.ways(model.stages))  # each goes by what the ones before made
+    return Limits(calls, max(floor.latents, round(worst - growth, 2)), floor.image)
 
 
 def measure(
