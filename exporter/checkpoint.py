@@ -275,7 +275,8 @@ def add(
     else:
         config = read_json(path / "config.json")
         if config.get("_class_name") not in classes:
-            raise DexportError(f"{path}: a {config.get('_class_name')!r:.60}; it must be a {' or '.join(classes)}")
+            wanted = " or ".join(f"an {name}" if name[0] in "AEIOU" else f"a {name}" for name in classes)
+            raise DexportError(f"{path}: its class is {config.get('_class_name')!r:.60}; it must be {wanted}")
         files[f"{name}/config.json"] = path / "config.json"
         weights = read_weights(path, name, files, variant)
     check_finite(weights.values())

@@ -97,8 +97,6 @@ class Origin:
 
 def read(origin: Origin | OwnModel | Path | str, *, progress: Progress = silent) -> Checkpoint:
     """Read a checkpoint and the one that refines what it draws, if any; ``stages`` finds whether they fit."""
-    from exporter import oracle  # with torch, which looking at a checkpoint does not need
-
     origin = local(_with_preset(Origin.of(origin)), progress)
     if not 1 <= origin.long_prompts <= MOST_CHUNKS:
         raise DexportError(f"long prompts may have 1 to {MOST_CHUNKS} chunks, not {origin.long_prompts}")
@@ -109,13 +107,13 @@ def read(origin: Origin | OwnModel | Path | str, *, progress: Progress = silent)
             motion_adapter=origin.motion_adapter, vae=origin.vae, variant=origin.variant, progress=progress,
         )  # fmt: skip
         base = hints.add(base, origin.controls, origin.ip_adapters, origin.image_encoder, variant=origin.variant)
-        base = oracle.as_diffusers_reads(base)
+        base = _as_diffusers_reads(base)
     else:
         base = _own(origin.path, origin)
     second = None
     if origin.refiner is not None:
         second = checkpoints.read(Path(origin.refiner), variant=origin.variant, progress=progress)
-        second = oracle.as_diffusers_reads(second)
+        second = _as_diffusers_reads(second)
     base, *others = (
         replace(part, scheduler=_chosen(part, origin), chunks=origin.long_prompts)
         for part in (base, second)
@@ -126,6 +124,23 @@ def read(origin: Origin | OwnModel | Path | str, *, progress: Progress = silent)
     if origin.decoder is not None:
         base = _with_decoder(base, Path(origin.decoder), origin.variant)
     return base
+
+
+def _as_diffusers_reads(part: Checkpoint) -> Checkpoint:
+    """The checkpoint with its configurations as diffusers has them.
+
+    What diffusers cannot make, our own reading as a rule says more of: which file, and which key in it.
+    """
+    from exporter import oracle, trace  # with torch, which looking at a checkpoint does not need
+
+    try:
+        return oracle.as_diffusers_reads(part)
+    except DexportError:
+        shape = Shape(*part.family.default_shape(part), free=False)
+        stages(part, shape)
+        for spec in specs(part, shape).values():
+            trace.build(spec)
+        raise
 
 
 def local(origin: Origin, progress: Progress = silent) -> Origin:

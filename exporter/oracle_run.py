@@ -54,12 +54,14 @@ class Step:
 class Run:
     """What a pipeline did: its steps, the token ids [B, S] that text encoders were given, and its image or video.
 
-    image: float32 [B, 3, H, W] in [0, 1], or [B, F, 3, H, W]; None where it was not decoded. size: its height and width
-    in pixels. unpack: latents of the pipeline's layout to [B, C, h, w].
+    latents: what it came to, in the pipeline's layout. image: float32 [B, 3, H, W] in [0, 1], or [B, F, 3, H, W]; None
+    where it was not decoded. size: its height and width in pixels. unpack: latents of the pipeline's layout to
+    [B, C, h, w].
     """
 
     steps: tuple[Step, ...]
     tokens: tuple[Array, ...]
+    latents: torch.Tensor
     image: Array | None
     size: tuple[int, int]
     unpack: Callable[[torch.Tensor], torch.Tensor]
@@ -126,7 +128,9 @@ def run(
     last = pipeline.model.stages[-1]
     image = _image(result) if decoded else None
     size = (last.sample[-2] * last.factor, last.sample[-1] * last.factor) if image is None else image.shape[-2:]
-    return Run(tuple(steps), tuple(tokens), image, (size[0], size[1]), _unpacked(pipes[-1], size))
+    ended = _result(result)  # which some classes decode in any case
+    latents = ended if not decoded and isinstance(ended, torch.Tensor) else steps[-1].after
+    return Run(tuple(steps), tuple(tokens), latents, image, (size[0], size[1]), _unpacked(pipes[-1], size))
 
 
 def arguments(pipe: Any, model: Model, request: Request, explicit: frozenset[str]) -> dict[str, Any]:
@@ -145,7 +149,7 @@ def arguments(pipe: Any, model: Model, request: Request, explicit: frozenset[str
     if request.negative_prompt or (is_true_cfg and request.prompts):
         words["negative_prompt"] = [request.negative_prompt]
     words["eta"] = main.scheduler.get("eta")
-    words["timesteps"], words["sigmas"] = main.scheduler.get("timesteps"), (main.scheduler.get("sigmas") or [])[:-1]
+    words["timesteps"], words["sigmas"] = main.scheduler.get("timesteps"), _sigmas(main.scheduler)
     for way in cascade.ways(model.stages):
         words = (
             _of_chain(way, model, request, explicit, known, is_true_cfg, type(pipe).__name__) | words
@@ -167,6 +171,12 @@ def arguments(pipe: Any, model: Model, request: Request, explicit: frozenset[str
     return {
         name: value for name, value in words.items() if name in known and (value not in (None, []) or name in NONE_SAID)
     }
+
+
+def _sigmas(scheduler: Mapping[str, Any]) -> list[float]:
+    """A list of sigmas as ``set_timesteps`` takes it: with the 0 at its end, which flow matching itself adds."""
+    steps = [sigma for sigma in scheduler.get("sigmas") or () if sigma]
+    return steps if not steps or str(scheduler["_class_name"]).startswith("FlowMatch") else [*steps, 0.0]
 
 
 def _control_images(model: Model, request: Request, known: Mapping[str, Any]) -> dict[str, Any]:
@@ -321,8 +331,11 @@ def _endless(draw: Draw) -> Iterator[Array]:
 
 def _image(result: Any) -> Array:
     """A result's images [B, 3, H, W], or videos [B, F, 3, H, W], float32 in [0, 1]."""
-    found = np.asarray(getattr(result, "images", None) if hasattr(result, "images") else result.frames, np.float32)
-    return np.moveaxis(found, -1, -3)
+    return np.moveaxis(np.asarray(_result(result), np.float32), -1, -3)
+
+
+def _result(result: Any) -> Any:
+    return result.images if hasattr(result, "images") else result.frames
 
 
 def _unpacked(pipe: Any, size: Sequence[int]) -> Callable[[torch.Tensor], torch.Tensor]:

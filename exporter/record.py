@@ -11,6 +11,7 @@ A model that diffusers has no class for is compared with its own torch modules a
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,17 +24,19 @@ from numpy.typing import NDArray
 from exporter import oracle, oracle_run, reference
 from exporter.checkpoint import Checkpoint
 from exporter.oracle_run import Run
+from exporter.recall import Recall
 from runtimes import cascade, example, loop, samplers, subject
 from runtimes.accuracy import compare, psnr
 from runtimes.errors import DexportError, GateError, Progress, silent
 from runtimes.manifest import Graph, Model, Stage
 from runtimes.pipeline import Pipeline
 from runtimes.request import Request
-from runtimes.session import Session, one_at_a_time
+from runtimes.session import Session
 from runtimes.verify import prompt_tokens
 
 Array = NDArray[Any]
-STEPS = 4  # of each chain of stages at default settings: enough timesteps to see drift, few for a large model on a CPU
+STEPS = 3  # of each chain of stages at default settings: enough timesteps to see drift, few for a large model on a CPU
+RUNGE_KUTTA = 4  # steps are the least for the warm-up of PNDM, as DDPMs have it
 FEW = 2  # at other settings
 # A start from an image in steps and strength of which no product is whole, since families round it in their own ways.
 IMAGE_STEPS, IMAGE_STRENGTH = 3, 0.6
@@ -106,10 +109,16 @@ class TorchSession:
     max_batch: int | None = None
 
     def __init__(
-        self, checkpoint: Checkpoint, name: str, graph: Graph, calls: list[Call], size: tuple[int, int] | None = None
-    ) -> None:
-        """Load the reference module of graph ``name``, for images of a size in pixels or of the checkpoint's own."""
+        self, checkpoint: Checkpoint, name: str, graph: Graph, calls: list[Call], size: tuple[int, int] | None = None,
+        recall: Recall | None = None,
+    ) -> None:  # fmt: skip
+        """Load the reference module of graph ``name``, for images of a size in pixels or of the checkpoint's own.
+
+        recall: knows what its components gave elsewhere.
+        """
         self._module = reference.load(checkpoint, name, size)
+        if recall is not None:
+            recall.attach(dict(self._module.named_children()))
         self._name = name
         self._graph = graph
         self._calls = calls
@@ -144,10 +153,17 @@ def record(checkpoint: Checkpoint, model: Model, hub: Path, progress: Progress =
     """
     calls: dict[str, list[Call]] = {name: [] for name in model.graphs}
     pixels = size(model)
-    open_graph = one_at_a_time(lambda name: TorchSession(checkpoint, name, model.graphs[name], calls[name], pixels))
     pipes = oracle.pipelines(checkpoint)
+    recall = Recall()
+    for pipe in pipes:
+        recall.attach(pipe.components)
+    open_graph = functools.cache(  # all at once, since they hold no weights
+        lambda name: TorchSession(checkpoint, name, model.graphs[name], calls[name], pixels, recall if pipes else None)
+    )
     asked = list(_asked(checkpoint, model, pipes))
-    cases, left = [], {}
+    cases: list[Case] = []
+    left: dict[str, str] = {}
+    kept: dict[str, int] = {}
     for index, (name, kind, request, explicit) in enumerate(asked):
         share = _within(progress, index / len(asked), 1 / len(asked))
         if not pipes:
@@ -168,6 +184,9 @@ def record(checkpoint: Checkpoint, model: Model, hub: Path, progress: Progress =
         follower = Following(model, hub, open_graph, run, f"{type(used[-1]).__name__}, {name}", EVALUATED.get(name, ()))
         cases.append(follower.follow(name, request, _within(share, 0.7, 0.3)))
         del run, follower
+        for stage in model.stages if len(cases) > 1 else ():  # the calls at default settings stand for all
+            del calls[stage.denoiser][kept[stage.denoiser] :]
+        kept = {stage.denoiser: len(calls[stage.denoiser]) for stage in model.stages}
     encoder = cascade.main(model.stages)[0].encoder
     if encoder is not None and not calls[encoder]:
         open_graph(encoder).run({"image": np.array(cases[0].image)})
@@ -185,7 +204,9 @@ def _asked(
     """The cases to run: a name, diffusers' class if it is another one, the request, and what to say to diffusers."""
     said = frozenset({"size"} if size(model) != checkpoint.family.default_shape(checkpoint) else ())
     default = said | ({"guidance"} if checkpoint.guidance is not None else frozenset())
-    main, few = cascade.main(model.stages)[0], cascade.few(model.stages, STEPS)
+    main = cascade.main(model.stages)[0]
+    warms_up = main.scheduler["_class_name"] == "PNDMScheduler" and not main.scheduler.get("skip_prk_steps")
+    few = cascade.few(model.stages, RUNGE_KUTTA if warms_up else STEPS)
     is_img2img = main.strength is not None
     request = example.request(model, example.one(model), steps=few)
     if is_img2img:
@@ -217,9 +238,10 @@ def _asked(
         steered = checkpoint.hints or oracle.DECODERS & checkpoint.components.keys()  # of which no class knows all
         if steered or oracle.known_fault(checkpoint, kind):
             continue
+        without: dict[str, Any] = {"guidance": 1.0} if main.guidance.kind == "cfg" else {}  # half the work
         begun = example.from_image(
             model, example.one(model), masked=task == "inpainting", steps=cascade.few(model.stages, IMAGE_STEPS),
-            strength=IMAGE_STRENGTH,
+            strength=IMAGE_STRENGTH, **without,
         )  # fmt: skip
         yield task, kind, begun, said | {"guidance"}  # classes of one family have other defaults of it
 
@@ -258,9 +280,11 @@ class Following(Pipeline):
         for step in self.generate(request):
             progress(f"reference: step {step.index + 1}/{step.total}", step.index / (step.total + 1))
             steps.append(step.sample)
-        if run.image is None:
+        last = run.laid_out(run.latents, steps[-1].shape)
+        self._compare("the latents", last, steps[-1], SAMPLES)
+        if run.image is None or last is None:
             return Case(name, request, tuple(steps), None)
-        mine = self.decode(steps[-1], request)
+        mine = self.decode(last, request)
         theirs = np.broadcast_to(run.image, mine.shape)  # grey images have one channel
         if not psnr(theirs, mine) >= IMAGES:
             raise self._parted("the decoded image", f"{psnr(theirs, mine):.1f} dB PSNR")
@@ -322,8 +346,8 @@ class Following(Pipeline):
             what = "the start" if self._done == 1 else f"the sample of step {self._done}"
             self._compare(what, before, sample / row.scale, SAMPLES)
             theirs = step.output
-            if number in evaluated:
-                mine = model(sample, t, row)
+            if number in evaluated and before is not None:
+                mine = model((before * row.scale).astype(np.float32), t, row)
                 self._compare(
                     f"output {self._done} (timestep {t:g})",
                     self._run.laid_out(theirs, sample.shape),

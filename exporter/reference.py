@@ -51,7 +51,7 @@ def lend(module: torch.nn.Module, entries: Mapping[str, Stored]) -> None:
                 inner._parameters[name] = torch.nn.Parameter(empty, requires_grad=False)
         for name, buffer in inner._buffers.items():
             if buffer is not None and prefix + name in entries:
-                inner._buffers[name] = torch.from_numpy(widen(entries[prefix + name])).to(buffer.dtype)
+                inner._buffers[name] = widen(entries[prefix + name]).to(buffer.dtype)
         lent = {name: entries[prefix + name] for name in inner._parameters if prefix + name in entries}
         if lent:
             inner.lent = lent  # type: ignore[assignment]
@@ -65,7 +65,7 @@ def _borrower(kind: type, names: tuple[str, ...]) -> type:
 
 
 def _reader(name: str) -> Any:
-    return lambda module: torch.from_numpy(widen(module.lent[name]))
+    return lambda module: widen(module.lent[name])
 
 
 def _own(module: torch.nn.Module, path: str, entries: Mapping[str, Stored]) -> dict[str, Stored]:
@@ -75,4 +75,4 @@ def _own(module: torch.nn.Module, path: str, entries: Mapping[str, Stored]) -> d
 
 def _fill(module: torch.nn.Module, entries: Mapping[str, Stored]) -> None:
     for name, entry in entries.items():
-        module._parameters[name] = torch.nn.Parameter(torch.from_numpy(widen(entry)), requires_grad=False)
+        module._parameters[name] = torch.nn.Parameter(widen(entry), requires_grad=False)

@@ -95,7 +95,7 @@ def test_unguided_base_of_a_consistency_decoder_stays_unguided(folder: Path) -> 
         (Origin("decoder", prior="sd"), "a StableDiffusionPipeline; the prior of a KandinskyV22Pipeline is"),
         (Origin("sd", prior="prior"), "a StableDiffusionPipeline takes no prior"),
         (Origin("decoder", prior="nowhere"), "nowhere: no such folder"),
-        (Origin("sd", decoder="sd/vae"), "'AutoencoderKL'; it must be a ConsistencyDecoderVAE"),
+        (Origin("sd", decoder="sd/vae"), "'AutoencoderKL'; it must be an AutoencoderTiny or a ConsistencyDecoderVAE"),
         (Origin("sd", decoder="nowhere"), "nowhere: no such folder"),
         (Origin("sd", decoder="both"), "both: a whole checkpoint; give the folder of the one component"),
         (Origin("both", decoder="consistency"), "Stable Diffusion 1's autoencoder, which a KandinskyV22Combined"),

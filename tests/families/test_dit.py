@@ -60,7 +60,7 @@ def test_the_stage(built: Make) -> None:
 
 def test_the_report_says_its_class_once(built: Make) -> None:
     report = (built("dit").bundles["onnxruntime"] / "report.html").read_text()
-    assert "<p>class 999 “tissue”, 6 steps, seed 0</p>" in report
+    assert "<p>class 999 “tissue”, 3 steps, seed 0</p>" in report
 
 
 def test_a_learned_variance_is_kept_for_its_sampler(built: Make, tmp_path: Path) -> None:

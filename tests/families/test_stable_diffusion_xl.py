@@ -67,7 +67,7 @@ def test_a_refiner_alone_reworks_pictures(saved: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("name", "file", "changes", "words"),
     [
-        ("refiner", "scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler"}, "name one for both"),
+        ("refiner", "model_index.json", {"scheduler": ["diffusers", "DDIMScheduler"]}, "name one for both"),
         ("refiner", "vae/config.json", {"scaling_factor": 0.2}, "scaling_factor of its autoencoder is 0.2"),
         ("refiner", "model_index.json", {"requires_aesthetics_score": False}, "check requires_aesthetics_score"),
         ("base", "unet/config.json", {"addition_embed_type": None}, "is not Stable Diffusion XL"),
