@@ -79,7 +79,7 @@ def count(checkpoint: Path, every: int, say: Callable[[str], None]) -> None:
         source = ensemble.read(checkpoint)
         model = hub.export(source, Path(folder) / "hub")
         reference = record.record(source, model, Path(folder) / "hub")
-        noise = spread.measure(source, model, reference.calls, list(CONSTANT), record.size(model))
+        noise = spread.measure(source, model, reference, list(CONSTANT), record.size(model))
         name = model.stages[0].denoiser
         limits = {precision: spread.limits(noise, model, precision).calls[name] for precision in CONSTANT}
         file = Path(folder) / "hub" / model.graphs[name].file

@@ -94,16 +94,16 @@ def build(
             source, hub_folder, shape=shape, dynamic_shape=dynamic_shape, overwrite=overwrite, progress=share(0, 0.5)
         )
         reference = record.record(source, model, hub_folder, share(0.5, 0.8))
-        noise = spread.measure(source, model, reference.calls, _precisions(pairs), record.size(model), share(0.8, 0.9))
-        if not any(map(_shows_export, pairs)) and backend("onnxruntime").version() is not None:
-            gate.prove_hub(reference, model, hub_folder, share(0.9, 1))
+        noise = spread.measure(source, model, reference, _precisions(pairs), record.size(model), share(0.8, 0.9))
+        if not _shows_export(pairs[0]) and backend("onnxruntime").version() is not None:
+            gate.prove_hub(reference, model, hub_folder, share(0.9, 0.95))
         decoded = {}
         if tiny_decoder.COMPONENT in source.components:
             decoded["decoder"] = tiny_decoder.against_full(source, reference, replace(size, free=False))
         recipe = {"shape": list(_shape(model)), "dynamic_shape": dynamic_shape, "max_batch": max_batch}
         if origin.clip_skip != 1:
             recipe["clip_skip"] = origin.clip_skip
-        prepared = _prepare(model, hub_folder, pairs, settings, share(0.9, 1))
+        prepared = _prepare(model, hub_folder, pairs, settings, share(0.95, 1))
         built = []
         for index, ((target, precision), folder) in enumerate(zip(pairs, folders, strict=True), 1):
             with bundle.publish(folder, overwrite) as partial:

@@ -30,7 +30,7 @@ from exporter import clip_skip as clip_skips
 from exporter.repository import PICKLES, STEMS
 from runtimes import strict_json
 from runtimes.bundle import hash_file
-from runtimes.errors import DexportError, Progress, silent
+from runtimes.errors import DexportError, Progress, silent, with_article
 from runtimes.manifest import Adapter, SourceFile
 from runtimes.safetensors import Entry, Stored, check_finite, gguf, read_header
 from runtimes.samplers import default_of
@@ -275,7 +275,7 @@ def add(
     else:
         config = read_json(path / "config.json")
         if config.get("_class_name") not in classes:
-            wanted = " or ".join(f"an {name}" if name[0] in "AEIOU" else f"a {name}" for name in classes)
+            wanted = " or ".join(map(with_article, classes))
             raise DexportError(f"{path}: its class is {config.get('_class_name')!r:.60}; it must be {wanted}")
         files[f"{name}/config.json"] = path / "config.json"
         weights = read_weights(path, name, files, variant)
@@ -327,7 +327,9 @@ def _read_index(folder: Path) -> dict[str, Any]:
             raise DexportError(f"{folder}: one component of a checkpoint; give the whole: {folder.parent}")
         for name in classes_of(read_json(folder / "config.json")):
             if name in BESIDE:
-                raise DexportError(f"{folder}: a {name}; give it beside its checkpoint, with {BESIDE[name]}")
+                raise DexportError(
+                    f"{folder}: {with_article(name)}; give it beside its checkpoint, with {BESIDE[name]}"
+                )
     raise DexportError(f"{folder}: not a diffusers checkpoint: it has no model_index.json")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporter import checkpoint as checkpoints
-from exporter import consistency, hints, repository, single_file, steering, tiny_decoder
+from exporter import consistency, families, hints, repository, single_file, steering, tiny_decoder
 from exporter.checkpoint import Checkpoint, TokenizerFiles
 from exporter.families import Shape, Spec, Tokens
 from runtimes import cascade, presets, samplers, subject
@@ -203,6 +203,14 @@ def _chosen(part: Checkpoint, origin: Origin) -> dict[str, Any]:
             "follow; name a sampler that does, like --sampler ddim or --sampler euler"
         )
     return chosen
+
+
+def with_own_sampler(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint, and its refiner, with their own sampler in place of the one that was asked for."""
+    first, *_ = families.schedulers(checkpoint.family)
+    own = replace(checkpoint, scheduler=checkpoint.schedulers[first])
+    refiner = None if checkpoint.refiner is None else with_own_sampler(checkpoint.refiner)
+    return replace(own, scheduler=_chosen(own, Origin(own.path)), refiner=refiner)
 
 
 def _with_decoder(base: Checkpoint, path: Path, variant: str | None) -> Checkpoint:

@@ -42,8 +42,7 @@ class Proof:
 def self_test(reference: Reference, model: Model, limits: Limits) -> SelfTest:
     """What a device is to run, and how near to the golden values it must come."""
     bands = Bands(
-        {name: least[_golden(reference.calls[name])] for name, least in limits.calls.items()},
-        limits.latents, limits.image,
+        {name: least[_golden(reference.calls[name])] for name, least in limits.calls.items()}, limits.latents
     )  # fmt: skip
     request = reference.request
     steps = cascade.few(model.stages, 1) if request.steps is None else request.steps

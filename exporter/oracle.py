@@ -34,6 +34,9 @@ WITHOUT_MEAN = ("StableDiffusionXLInpaintPipeline", "AnimateDiffSDXLPipeline")
 STEERING = {"ControlNetModel": ("ControlNet", "controlnet"), "T2IAdapter": ("Adapter", "adapter")}
 # Components that decode in place of the autoencoder, as users of diffusers give them: pipe.vae = ...
 DECODERS = {consistency.COMPONENT, tiny_decoder.COMPONENT}
+# Options of ours that are arguments of a pipeline's call or of a scheduler's methods there (exporter.oracle_run).
+SAID = (*samplers.options.LISTS, "eta", "use_clipped_model_output", "tau")
+WITHOUT_SHARED_NOISE = ("DPMSolverSDEScheduler",)  # whose noise is a path of its own (torchsde)
 UNSET = "_use_default_values"  # a live config's list of the options that its file did not have
 
 
@@ -104,28 +107,57 @@ def construct(checkpoint: Checkpoint, class_name: str | None = None) -> Any:
     return pipe
 
 
-def pipelines(checkpoint: Checkpoint) -> list[Any]:
+def pipelines(checkpoint: Checkpoint) -> tuple[list[Any], str]:
     """diffusers' own pipelines of what a checkpoint became on the way in: one, or a base and its refiner.
 
-    Empty where diffusers has no class for it.
+    None, and why, where diffusers has no class for it.
     """
     if checkpoint.in_memory:
-        return []
-    found = []
+        return [], "a model of your own, of which diffusers has no class"
+    found: list[Any] = []
     for part in (checkpoint, checkpoint.refiner):
         if part is not None:
-            if known_fault(part, part.pipeline):
-                return []
+            if fault := known_fault(part, part.pipeline):
+                return [], fault
             pipe = _steered(part) if part.hints else construct(part, part.pipeline)
             if pipe is None:
-                return []
-            for name in DECODERS & part.components.keys():
-                with quiet(), Unfilled():
-                    pipe.register_modules(vae=hollow(part, part.components[name], part.components[name].path))
+                return [], "diffusers has no class for what steers it together"
             for scheduler, wanted in {**part.schedulers, families.schedulers(part.family)[0]: part.scheduler}.items():
                 _set_scheduler(part, pipe, scheduler, wanted)
             found.append(pipe)
-    return found
+    for name in DECODERS & checkpoint.components.keys():
+        with quiet(), Unfilled():
+            other = checkpoint.components[name]
+            _decode_by(found[-1].vae, hollow(checkpoint, other, other.path))
+    return found, ""
+
+
+def _decode_by(vae: Any, other: Any) -> None:
+    """Let an autoencoder decode by another one, which counts its latents by its own scale; it still encodes."""
+    scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
+    own_scale, own_shift = other.config.scaling_factor, getattr(other.config, "shift_factor", None) or 0.0
+
+    def decode(latents: Any, *args: Any, **kwargs: Any) -> Any:
+        return other.decode((latents - shift) * scale / own_scale + own_shift, *args, **kwargs)
+
+    vae.decode = decode
+    vae.decoder_scheduler = getattr(other, "decoder_scheduler", None)
+
+
+def unfollowed(checkpoint: Checkpoint) -> str:
+    """Why diffusers' pipeline cannot go the way of the sampler that was asked for; "" where it can."""
+    if checkpoint.in_memory:
+        return ""
+    kind, name = checkpoint.pipeline, str(checkpoint.scheduler["_class_name"])
+    if name in WITHOUT_SHARED_NOISE:
+        return f"{name} draws from a noise of its own"
+    takes = inspect.signature(_class(kind).__call__).parameters
+    given = inspect.signature(_scheduler_class(name).set_timesteps).parameters
+    if "sigmas" in takes and "timesteps" not in takes and "sigmas" not in given:
+        return f"{kind} gives sigmas to its scheduler, and {name} takes none"
+    if kind.startswith("LatentConsistencyModel") and name == "TCDScheduler":
+        return f"{kind} gives its scheduler no eta, which {name} needs"
+    return ""
 
 
 def _steered(checkpoint: Checkpoint) -> Any:
@@ -177,9 +209,11 @@ def _set_scheduler(checkpoint: Checkpoint, pipe: Any, name: str, wanted: Mapping
     own = _scheduler(checkpoint, name, live)
     if dict(wanted) == own:
         return
-    said = (*samplers.options.LISTS, "eta", "_class_name")  # the first ones are arguments of the pipeline's call
-    changes = {key: value for key, value in _differing(wanted, own).items() if key not in said}
-    made = _class(str(wanted["_class_name"])).from_config(live.config, **changes)
+    changes = {key: value for key, value in _differing(wanted, own).items() if key not in (*SAID, "_class_name")}
+    base = {key: value for key, value in live.config.items() if key in wanted or key not in own}
+    made = _scheduler_class(str(wanted["_class_name"])).from_config(base, **changes)
+    if wanted.get("tau") is not None:
+        made.tau_func = lambda t: wanted["tau"]
     for owner in (pipe, *(getattr(pipe, inner) for inner in ("prior_pipe", "decoder_pipe") if hasattr(pipe, inner))):
         for key, part in owner.components.items():
             if part is live:
@@ -193,8 +227,10 @@ def with_class(pipe: Any, name: str) -> Any:
     kind = getattr(diffusers, name)
     expected, optional = kind._get_signature_keys(kind)
     options = {option: pipe.config[option] for option in optional if option in pipe.config}
+    own = pipe.scheduler._internal_dict  # which a constructor repairs, even where it was asked for so
     with quiet():
         made = kind(**{part: pipe.components.get(part) for part in expected}, **options)
+    pipe.scheduler._internal_dict = own
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -231,7 +267,8 @@ def _of_folder(kind: Any, checkpoint: Checkpoint, folder: Path, prefix: str = ""
         if own in checkpoint.components and own != ip_adapter.IMAGE_ENCODER:  # which lies beside the checkpoint
             passed[name] = hollow(checkpoint, checkpoint.components[own], folder / name)
         elif own in checkpoint.schedulers:
-            passed[name] = _class(_named(checkpoint, own)).from_pretrained(folder / name, local_files_only=True)
+            kind_of = _scheduler_class(_named(checkpoint, own))
+            passed[name] = kind_of.from_pretrained(folder / name, local_files_only=True)
         elif own in checkpoint.tokenizers:
             passed[name] = _tokenizer(checkpoint, checkpoint.tokenizers[own])
     if "requires_safety_checker" in optional:
@@ -314,6 +351,16 @@ def _class(name: str) -> Any:
         if hasattr(beside, name):
             return getattr(beside, name)
     raise DexportError(f"the installed diffusers has no class {name}; install another version of it")
+
+
+def _scheduler_class(name: str) -> Any:
+    """A scheduler's class; files name it, and what another class loads is not to be trusted."""
+    import diffusers
+
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        raise DexportError(f"model_index.json names {name!r:.60} as a scheduler, and diffusers has none of that name")
+    return kind
 
 
 def _tokenizer(checkpoint: Checkpoint, files: TokenizerFiles) -> Any:

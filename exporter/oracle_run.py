@@ -6,8 +6,10 @@ our loop has too, so the two can be compared without knowing the family.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ from runtimes.request import Request, scale, strength
 Array = NDArray[Any]
 Draw = Callable[[], Array]
 STEPS, GUIDANCE = "num_inference_steps", "guidance_scale"
+NONE_SAID = ("intermediate_timesteps",)  # None is not the default of these
 # What a class calls the steps and the guidance of a chain of stages, where it does not begin with the chain's name.
 CALLED = {"superresolution": "super_res"}
 # What our bundles do not do to a prompt or a size, each by default on in diffusers (docs/exactness.md).
@@ -111,9 +114,10 @@ def run(
         with ExitStack() as stack:
             stack.enter_context(quiet())
             stack.enter_context(torch.inference_mode())
+            main = cascade.main(pipeline.model.stages)[0].scheduler
             for pipe in pipes:
-                stack.enter_context(_watched(pipe, step, tokens.append))
-            stack.enter_context(_SharedNoise(pipeline, request))
+                stack.enter_context(_watched(pipe, main, step, tokens.append))
+            stack.enter_context(_SharedNoise(pipeline, request, getattr(pipes[0], "_pack_latents", None)))
             if len(pipes) > 1:
                 at = pipeline.model.stages[-1].span[0]
                 words["image"] = pipes[0](**{**words, "output_type": "latent", "denoising_end": at}).images
@@ -149,11 +153,11 @@ def arguments(pipe: Any, model: Model, request: Request, explicit: frozenset[str
     if request.negative_prompt or (is_true_cfg and request.prompts):
         words["negative_prompt"] = [request.negative_prompt]
     words["eta"] = main.scheduler.get("eta")
-    words["timesteps"], words["sigmas"] = main.scheduler.get("timesteps"), _sigmas(main.scheduler)
+    words |= _lists(main.scheduler)
+    words["use_clipped_model_output"] = main.scheduler.get("use_clipped_model_output")
     for way in cascade.ways(model.stages):
-        words = (
-            _of_chain(way, model, request, explicit, known, is_true_cfg, type(pipe).__name__) | words
-        )  # what an earlier one is told stays
+        own = _of_chain(way, model, request, explicit, known, is_true_cfg, type(pipe).__name__)
+        words = {**own, **words}  # what an earlier one is told stays
     height, width = (side * last.factor for side in last.sample[-2:]) if len(last.sample) > 2 else (0, 0)
     if request.image is not None:
         words |= {"image": request.image, "mask_image": request.mask}
@@ -173,10 +177,12 @@ def arguments(pipe: Any, model: Model, request: Request, explicit: frozenset[str
     }
 
 
-def _sigmas(scheduler: Mapping[str, Any]) -> list[float]:
-    """A list of sigmas as ``set_timesteps`` takes it: with the 0 at its end, which flow matching itself adds."""
-    steps = [sigma for sigma in scheduler.get("sigmas") or () if sigma]
-    return steps if not steps or str(scheduler["_class_name"]).startswith("FlowMatch") else [*steps, 0.0]
+def _lists(scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    """The lists of timesteps and sigmas as ``set_timesteps`` takes them: with a 0 at the end, which flows add."""
+    sigmas = [sigma for sigma in scheduler.get("sigmas") or () if sigma]
+    if sigmas and not str(scheduler["_class_name"]).startswith("FlowMatch"):
+        sigmas.append(0.0)
+    return {"timesteps": scheduler.get("timesteps"), "sigmas": sigmas}
 
 
 def _control_images(model: Model, request: Request, known: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,9 +198,6 @@ def _control_images(model: Model, request: Request, known: Mapping[str, Any]) ->
     if images:
         found["control_image" if "control_image" in known else "image"] = images if len(images) > 1 else images[0]
     return found
-
-
-NONE_SAID = ("intermediate_timesteps",)  # None is not the default of these
 
 
 def _of_chain(
@@ -215,15 +218,26 @@ def _of_chain(
 
 
 @contextmanager
-def _watched(pipe: Any, step: Callable[..., None], tokens: Callable[[Array], None]) -> Iterator[None]:
-    """Hear of each step of a pipeline's schedulers, and of each call of its text encoders."""
-    parts = dict(pipe.components)
+def _watched(
+    pipe: Any, options: Mapping[str, Any], step: Callable[..., None], tokens: Callable[[Array], None]
+) -> Iterator[None]:
+    """Hear of each step of a pipeline's schedulers, and of each call of its text encoders.
+
+    options: of the main scheduler; what the pipeline's call does not take of them is said to the scheduler itself.
+    """
+    parts, takes = dict(pipe.components), inspect.signature(pipe.__call__).parameters
+    lists = {name: value for name, value in _lists(options).items() if value and name not in takes}
+    clipped = options.get("use_clipped_model_output")
+    told = {} if clipped is None or "use_clipped_model_output" in takes else {"use_clipped_model_output": clipped}
     vae = parts.get("vae")
     schedulers = [part for part in (*parts.values(), getattr(vae, "decoder_scheduler", None)) if _steps(part)]
     hooks = []
     with ExitStack() as stack:
         for scheduler in {id(part): part for part in schedulers}.values():
-            stack.enter_context(_replaced(scheduler, "step", _heard(scheduler, step)))
+            stack.enter_context(_unchanged(scheduler))
+            stack.enter_context(_replaced(scheduler, "step", _heard(scheduler, step, told)))
+            if lists and scheduler is parts.get("scheduler"):
+                stack.enter_context(_replaced(scheduler, "set_timesteps", _listed(scheduler, lists)))
         if vae is not None and hasattr(vae, "encode"):
             stack.enter_context(_replaced(vae, "encode", _mode_of(vae.encode)))
         try:
@@ -250,12 +264,36 @@ def _replaced(owner: Any, name: str, function: Any) -> Iterator[None]:
         delattr(owner, name)
 
 
-def _heard(scheduler: Any, tell: Callable[..., None]) -> Callable[..., Any]:
-    original = scheduler.step
+@contextmanager
+def _unchanged(scheduler: Any) -> Iterator[None]:
+    """A scheduler as it was: some change their own options for a number of steps, and keep that for the next run."""
+    before = copy.deepcopy(vars(scheduler))
+    try:
+        yield
+    finally:
+        vars(scheduler).clear()
+        vars(scheduler).update(before)
+
+
+def _listed(scheduler: Any, lists: Mapping[str, Any]) -> Callable[..., None]:
+    """A scheduler's ``set_timesteps`` with a list of ours, for a pipeline that takes none."""
+    original = scheduler.set_timesteps
 
     @functools.wraps(original)  # pipelines look at its parameters
+    def set_timesteps(*_: Any, device: Any = None, mu: float | None = None, **__: Any) -> None:
+        original(device=device, **lists, **({} if mu is None else {"mu": mu}))
+
+    return set_timesteps
+
+
+def _heard(scheduler: Any, tell: Callable[..., None], told: Mapping[str, Any]) -> Callable[..., Any]:
+    original = scheduler.step
+    known = inspect.signature(original).parameters
+    told = {name: value for name, value in told.items() if name in known}
+
+    @functools.wraps(original)
     def step(model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
-        before, output = sample.clone(), model_output.clone()
+        before, output, kwargs = sample.clone(), model_output.clone(), {**kwargs, **told}
         result = original(model_output, timestep, sample, *args, **kwargs)
         after = result[0] if isinstance(result, tuple) else result.prev_sample
         tell(float(torch.as_tensor(timestep).flatten()[0]), before, output, after.clone())
@@ -294,8 +332,10 @@ class _SharedNoise(TorchFunctionMode):
     Where several chains of stages draw the same shape, each has as many draws as its table takes.
     """
 
-    def __init__(self, pipeline: Pipeline, request: Request) -> None:
+    def __init__(self, pipeline: Pipeline, request: Request, pack: Callable[..., torch.Tensor] | None) -> None:
+        """pack: diffusers' own way from [B, C, h, w] to a pipeline's layout, where that draws its noise so."""
         super().__init__()
+        self._pack = pack
         self._draws: dict[tuple[int, ...], Iterator[Array]] = {}
         count = subject.count(request)
         found: dict[tuple[int, ...], list[tuple[Draw, int]]] = {}
@@ -316,6 +356,12 @@ class _SharedNoise(TorchFunctionMode):
             shape = tuple(args[0].shape if func is torch.randn_like else args[0] if len(args) == 1 else args)
             if _key(shape) in self._draws:
                 return torch.from_numpy(next(self._draws[_key(shape)])).float().reshape(shape)
+            if self._pack is not None and len(shape) == 3:
+                for own, draws in self._draws.items():
+                    if math.prod(own) == math.prod(shape):
+                        channels, height, width = own[-3:]
+                        values = torch.from_numpy(next(draws)).float().reshape(shape[0], channels, height, width)
+                        return self._pack(values, shape[0], channels, height, width)
         return func(*args, **kwargs)
 
 

@@ -77,7 +77,7 @@ def _said(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[s
     """The arguments of a call by name, without those that say what is so anyway."""
     bound = signature.bind(*args, **kwargs).arguments
     defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
-    return {name: value for name, value in bound.items() if value is not None and value is not defaults[name]}
+    return {name: value for name, value in bound.items() if value is not defaults[name]}
 
 
 def _rows(said: Mapping[str, Any]) -> tuple[int, Rows]:
@@ -99,7 +99,8 @@ def _rows(said: Mapping[str, Any]) -> tuple[int, Rows]:
 def _digest(leaf: Any) -> Any:
     if not isinstance(leaf, torch.Tensor):
         return repr(leaf)
-    values = leaf.detach().to(torch.float64).contiguous()  # timesteps are whole numbers to some
+    parts = torch.view_as_real(leaf) if leaf.is_complex() else leaf
+    values = parts.detach().to(torch.float64).contiguous()  # timesteps are whole numbers to some
     return tuple(leaf.shape), hashlib.blake2b(values.numpy().tobytes(), digest_size=16).digest()
 
 

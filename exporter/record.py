@@ -14,15 +14,16 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter import oracle, oracle_run, reference
+from exporter import ensemble, oracle, oracle_run, reference
 from exporter.checkpoint import Checkpoint
+from exporter.families import Shape
 from exporter.oracle_run import Run
 from exporter.recall import Recall
 from runtimes import cascade, example, loop, samplers, subject
@@ -48,10 +49,10 @@ OTHER_GUIDANCE = 3.0
 # What our reading must reach against diffusers' in fp32, in dB. Both round to float32 at every step, and some of
 # diffusers' schedulers lose digits in it: the samples of the two are 60 dB apart at worst, and 110 as a rule.
 SAMPLES, OUTPUTS, IMAGES = 55.0, 60.0, 45.0
-# Which of a stage's calls the torch modules are asked for too, as parts of its way, by the name of the case. From an
-# image the model is told what it is told without one.
+# Which of a stage's calls the torch modules are asked for too, as parts of its way, by the name of the case; else the
+# first.
 EVALUATED = {"default settings": (0.0, 1.0), "other settings": (1.0,)}
-TIMESTEP = 1e-3  # the largest difference of two timesteps, whose rounding differs
+TIMESTEP = 0.02  # the largest difference of two timesteps, where some are interpolated in float32
 
 
 @dataclass(frozen=True)
@@ -146,62 +147,98 @@ class TorchSession:
         return outputs
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A case to run: its name, what is asked for, and what of it is said to diffusers beyond what its defaults are.
+
+    kind: diffusers' class for it, where that is another one than the checkpoint's.
+    """
+
+    name: str
+    request: Request
+    explicit: frozenset[str]
+    kind: str | None = None
+
+
 def record(checkpoint: Checkpoint, model: Model, hub: Path, progress: Progress = silent) -> Reference:
     """Run diffusers' pipeline and ours with the torch modules, and keep all that the gate compares with.
 
     Raises GateError with the first thing in which our reading of the checkpoint parts from diffusers' own.
     """
     calls: dict[str, list[Call]] = {name: [] for name in model.graphs}
-    pixels = size(model)
-    pipes = oracle.pipelines(checkpoint)
+    apart = oracle.unfollowed(checkpoint)
+    # The reading is proven by another sampler then, and the bundle of this one by the torch modules.
+    source = ensemble.with_own_sampler(checkpoint) if apart else checkpoint
+    pipes, why = oracle.pipelines(source)
     recall = Recall()
     for pipe in pipes:
         recall.attach(pipe.components)
     open_graph = functools.cache(  # all at once, since they hold no weights
-        lambda name: TorchSession(checkpoint, name, model.graphs[name], calls[name], pixels, recall if pipes else None)
+        lambda name: TorchSession(source, name, model.graphs[name], calls[name], size(model), recall if pipes else None)
     )
-    asked = list(_asked(checkpoint, model, pipes))
     cases: list[Case] = []
     left: dict[str, str] = {}
-    kept: dict[str, int] = {}
-    for index, (name, kind, request, explicit) in enumerate(asked):
-        share = _within(progress, index / len(asked), 1 / len(asked))
-        if not pipes:
-            cases.append(_alone(name, Pipeline(model, hub, open_graph), request, share))
-            break
-        ours = Pipeline(model, hub, open_graph)
-        try:
-            used = [oracle.with_class(pipes[0], kind)] if kind else pipes
-            run = oracle_run.run(
-                used, ours, request, explicit=explicit, decoded=not cases or len(cascade.ways(model.stages)) > 1,
-                progress=_within(share, 0, 0.7),
-            )  # fmt: skip
-        except DexportError as error:
-            if not kind:
-                raise
-            left[name] = str(error)  # diffusers' class for this task is not for this checkpoint
-            continue
-        follower = Following(model, hub, open_graph, run, f"{type(used[-1]).__name__}, {name}", EVALUATED.get(name, ()))
-        cases.append(follower.follow(name, request, _within(share, 0.7, 0.3)))
-        del run, follower
-        for stage in model.stages if len(cases) > 1 else ():  # the calls at default settings stand for all
-            del calls[stage.denoiser][kept[stage.denoiser] :]
-        kept = {stage.denoiser: len(calls[stage.denoiser]) for stage in model.stages}
+    if pipes:
+        height, width = size(model) or checkpoint.family.default_shape(checkpoint)
+        stages = ensemble.stages(source, Shape(height, width, free=False)) if apart else model.stages
+        cases, left = _followed(source, replace(model, stages=stages), hub, pipes, open_graph, calls, progress)
+    if apart or not pipes:
+        kept = {stage.denoiser: len(calls[stage.denoiser]) for stage in model.stages} if pipes else {}
+        cases = [_alone(next(_asked(checkpoint, model, [])), Pipeline(model, hub, open_graph), progress)]
+        _cut(calls, kept)
+        left |= {"sampler": apart} if apart else {}
     encoder = cascade.main(model.stages)[0].encoder
     if encoder is not None and not calls[encoder]:
         open_graph(encoder).run({"image": np.array(cases[0].image)})
     progress("reference: done", 1.0)
-    whose = f"diffusers {' and '.join(type(pipe).__name__ for pipe in pipes)}" if pipes else "torch modules alone"
+    named = " and ".join(type(pipe).__name__ for pipe in pipes)
+    whose = f"diffusers {named}" if pipes else f"torch modules alone: {why}"
     tokens = prompt_tokens(Pipeline(model, hub, open_graph).prompts, model.stages, cases[0].request)
-    return Reference(
-        whose, example.one(model), tuple(cases), {name: tuple(kept) for name, kept in calls.items()}, tokens, left
-    )
+    found = {name: tuple(own) for name, own in calls.items()}
+    return Reference(whose, example.one(model), tuple(cases), found, tokens, left)
 
 
-def _asked(
-    checkpoint: Checkpoint, model: Model, pipes: Sequence[Any]
-) -> Iterator[tuple[str, str | None, Request, frozenset[str]]]:
-    """The cases to run: a name, diffusers' class if it is another one, the request, and what to say to diffusers."""
+def _followed(
+    checkpoint: Checkpoint, model: Model, hub: Path, pipes: Sequence[Any], open_graph: Callable[[str], Session],
+    calls: Mapping[str, list[Call]], progress: Progress,
+) -> tuple[list[Case], dict[str, str]]:  # fmt: skip
+    """The cases as diffusers' pipelines run them and ours followed, and those that they do not run, with why."""
+    asked = list(_asked(checkpoint, model, pipes))
+    cases: list[Case] = []
+    left: dict[str, str] = dict(_left(checkpoint, model, pipes))
+    kept: dict[str, int] = {}
+    for index, one in enumerate(asked):
+        share = _within(progress, index / len(asked), 1 / len(asked))
+        ours = Pipeline(model, hub, open_graph)
+        try:
+            used = [oracle.with_class(pipes[0], one.kind)] if one.kind else pipes
+            run = oracle_run.run(
+                used, ours, one.request, explicit=one.explicit,
+                decoded=not cases or len(cascade.ways(model.stages)) > 1, progress=_within(share, 0, 0.7),
+            )  # fmt: skip
+        except DexportError as error:
+            if not one.kind:
+                raise
+            left[one.name] = str(error)  # as of Stable Diffusion 3's inpainting for other than 16 channels
+            continue
+        whose, evaluated = f"{type(used[-1]).__name__}, {one.name}", EVALUATED.get(one.name, (0.0,))
+        follower = Following(model, hub, open_graph, run, whose, evaluated)
+        cases.append(follower.follow(one.name, one.request, _within(share, 0.7, 0.3)))
+        del run, follower
+        if len(cases) == 1:
+            kept = {stage.denoiser: len(calls[stage.denoiser]) for stage in model.stages}
+        _cut(calls, kept)
+    return cases, left
+
+
+def _cut(calls: Mapping[str, list[Call]], kept: Mapping[str, int]) -> None:
+    """Leave the first calls of denoisers, which stand for all: those at default settings."""
+    for name, count in kept.items():
+        del calls[name][count:]
+
+
+def _asked(checkpoint: Checkpoint, model: Model, pipes: Sequence[Any]) -> Iterator[Asked]:
+    """The cases to run; without diffusers' pipelines, the first one alone."""
     said = frozenset({"size"} if size(model) != checkpoint.family.default_shape(checkpoint) else ())
     default = said | ({"guidance"} if checkpoint.guidance is not None else frozenset())
     main = cascade.main(model.stages)[0]
@@ -211,7 +248,7 @@ def _asked(
     request = example.request(model, example.one(model), steps=few)
     if is_img2img:
         request = example.from_image(model, example.one(model), steps=few, strength=IMAGE_STRENGTH)
-    yield "default settings", None, request, default
+    yield Asked("default settings", request, default)
     if not pipes:
         return
     settings: dict[str, Any] = {"steps": cascade.few(model.stages, FEW)}
@@ -220,30 +257,44 @@ def _asked(
     subjects = example.one(model) if model.stages[0].text is None or checkpoint.chunks > 1 else LONG_PROMPT
     # Kandinsky makes what it gives for the negative prompt in the same batch, so its steps are not ours.
     gives_negative = any(stage.gives_negative for stage in model.stages)
-    if (
-        main.guidance.kind == "cfg"
-        and not gives_negative
-        and "negative_prompt" in inspect.signature(pipes[0].__call__).parameters
-    ):
+    takes_negative = "negative_prompt" in inspect.signature(pipes[0].__call__).parameters
+    if main.guidance.kind == "cfg" and takes_negative and not gives_negative:
         settings["negative_prompt"] = NEGATIVE_PROMPT
     if main.guidance.kind != "none" or subjects != example.one(model):
         if is_img2img:
             other = example.from_image(model, subjects, strength=0.9, **settings)
         else:
             other = example.request(model, subjects, **settings)
-        yield "other settings", None, other, said | {"guidance"}
-    if main.encoder is None or is_img2img or subject.shown(model) or subject.paints(model) or len(pipes) > 1:
-        return
-    for task, kind in oracle_run.tasks(type(pipes[0]).__name__).items():
-        steered = checkpoint.hints or oracle.DECODERS & checkpoint.components.keys()  # of which no class knows all
-        if steered or oracle.known_fault(checkpoint, kind):
-            continue
-        without: dict[str, Any] = {"guidance": 1.0} if main.guidance.kind == "cfg" else {}  # half the work
-        begun = example.from_image(
-            model, example.one(model), masked=task == "inpainting", steps=cascade.few(model.stages, IMAGE_STEPS),
-            strength=IMAGE_STRENGTH, **without,
-        )  # fmt: skip
-        yield task, kind, begun, said | {"guidance"}  # classes of one family have other defaults of it
+        yield Asked("other settings", other, said | {"guidance"})
+    without: dict[str, Any] = {"guidance": 1.0} if main.guidance.kind == "cfg" else {}  # half the work
+    for task, kind in _tasks(model, pipes).items():
+        if not _why_not(checkpoint, kind):
+            begun = example.from_image(
+                model, example.one(model), masked=task == "inpainting",
+                steps=cascade.few(model.stages, IMAGE_STEPS), strength=IMAGE_STRENGTH, **without,
+            )  # fmt: skip
+            yield Asked(task, begun, said | {"guidance"}, kind)  # classes of one family have other defaults of it
+
+
+def _tasks(model: Model, pipes: Sequence[Any]) -> dict[str, str]:
+    """diffusers' classes for a start from an image, by task, where that is not what the model does anyway."""
+    main = cascade.main(model.stages)[0]
+    begins = main.encoder is None or main.strength is not None or subject.shown(model) or subject.paints(model)
+    return {} if begins or len(pipes) > 1 else oracle_run.tasks(type(pipes[0]).__name__)
+
+
+def _left(checkpoint: Checkpoint, model: Model, pipes: Sequence[Any]) -> Iterator[tuple[str, str]]:
+    """The tasks that diffusers has no right class for, and why."""
+    for task, kind in _tasks(model, pipes).items():
+        if why := _why_not(checkpoint, kind):
+            yield task, why
+
+
+def _why_not(checkpoint: Checkpoint, kind: str) -> str:
+    """Why a start from an image is not compared with diffusers' class for it; "" where it is."""
+    if checkpoint.hints:
+        return f"{kind} knows none of the networks that steer it"
+    return oracle.known_fault(checkpoint, kind)
 
 
 def size(model: Model) -> tuple[int, int] | None:
@@ -252,13 +303,13 @@ def size(model: Model) -> tuple[int, int] | None:
     return (last.sample[-2] * last.factor, last.sample[-1] * last.factor) if len(last.sample) > 2 else None
 
 
-def _alone(name: str, pipeline: Pipeline, request: Request, progress: Progress) -> Case:
+def _alone(asked: Asked, pipeline: Pipeline, progress: Progress) -> Case:
     """The torch modules through our own pipeline, where diffusers has none."""
     latents = []
-    for step in pipeline.generate(request):
+    for step in pipeline.generate(asked.request):
         progress(f"reference: step {step.index + 1}/{step.total}", step.index / (step.total + 1))
         latents.append(step.sample)
-    return Case(name, request, tuple(latents), pipeline.decode(latents[-1], request))
+    return Case(asked.name, asked.request, tuple(latents), pipeline.decode(latents[-1], asked.request))
 
 
 class Following(Pipeline):

@@ -8,6 +8,7 @@ is narrow where the model is calm and wide where it is not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +19,9 @@ from torch.overrides import TorchFunctionMode
 
 from exporter import reference
 from exporter.checkpoint import Checkpoint
-from exporter.record import Call
+from exporter.record import Call, Reference
 from runtimes import cascade
-from runtimes.accuracy import compare
+from runtimes.accuracy import compare, psnr
 from runtimes.errors import Progress, silent
 from runtimes.manifest import Graph, Model
 from runtimes.session import Array
@@ -184,8 +185,23 @@ SPAN = 40.0
 GROWTH = 8.0
 """How much further the latents of a run may be than the worst call: guidance multiplies its outputs' noise."""
 
+RESPONSE = 40.0  # dB, of the noise that is put on latents to see what it does to an image
+
 CROPPED = {"decoder": 16, "encoder": 128}
 """Sides up to which an autoencoder is run: its noise is the same in each part of an image."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What a model's noise is in some precisions, of ``measure``.
+
+    calls: the SQNR in dB of each recorded call, the worst of its outputs, by graph and precision. latents, decoder: how
+    many dB the PSNR of an image is above the SQNR of the latents that it is made of, and above that of the decoder.
+    """
+
+    calls: Mapping[str, Mapping[str, Sequence[float]]]
+    latents: float
+    decoder: float
 
 
 @dataclass(frozen=True)
@@ -197,62 +213,84 @@ class Limits:
     image: float
 
 
-def limits(found: Mapping[str, Mapping[str, Sequence[float]]], model: Model, precision: str) -> Limits:
+def limits(noise: Noise, model: Model, precision: str) -> Limits:
     """The limits of a bundle whose graphs are of a ``precision``, or of their own where they note one.
 
-    found: of ``measure``, for the graphs' precisions.
+    The noise of the latents and that of the decoder add up in an image.
     """
     calls = {}
     for name, graph in model.graphs.items():
         own = graph.properties.get("precision", precision)
         least, margin = FLOORS[own].graph, MARGINS[own]
-        calls[name] = tuple(round(max(least, min(noise - margin, least + SPAN)), 2) for noise in found[name][own])
+        calls[name] = tuple(round(max(least, min(one - margin, least + SPAN)), 2) for one in noise.calls[name][own])
     floor = FLOORS[precision]
     worst = min(min(calls[stage.denoiser]) for stage in model.stages)
     growth = GROWTH * len(cascade.ways(model.stages))  # each goes by what the ones before made
-    return Limits(calls, max(floor.latents, round(worst - growth, 2)), floor.image)
+    latents = max(floor.latents, round(worst - growth, 2))
+    decoder = model.stages[-1].decoder
+    parts = [latents + noise.latents, *([] if decoder is None else [min(calls[decoder]) + noise.decoder])]
+    image = -10 * math.log10(sum(10 ** (-part / 10) for part in parts))
+    return Limits(calls, latents, max(floor.image, round(image, 2)))
 
 
 def measure(
-    checkpoint: Checkpoint, model: Model, calls: Mapping[str, Sequence[Call]], precisions: Collection[str],
+    checkpoint: Checkpoint, model: Model, recorded: Reference, precisions: Collection[str],
     size: tuple[int, int] | None, progress: Progress = silent,
-) -> dict[str, dict[str, tuple[float, ...]]]:  # fmt: skip
-    """The SQNR in dB of each recorded call in each precision, the worst of its outputs, by graph and precision.
+) -> Noise:  # fmt: skip
+    """The noise of each recorded call in each precision, and what the latents' noise does to the image.
 
     A denoiser's noise differs from timestep to timestep, so each of its calls is run. Of the other graphs one call
     stands for all.
     """
     found: dict[str, dict[str, tuple[float, ...]]] = {}
+    level = -10 * math.log10(float(np.square(recorded.image).mean()) or 1.0)
+    response = level
     for index, (name, graph) in enumerate(model.graphs.items()):
         progress(f"noise of {', '.join(precisions)}: {name}", index / len(model.graphs))
-        module = reference.load(checkpoint, name, size)
-        every = calls[name] if graph.kind == "denoiser" else calls[name][:1]
-        noise = _noise(module, graph, every, precisions)
-        repeats = len(calls[name]) // len(every)
-        found[name] = {key: values * repeats for key, values in noise.items()}
-    return found
+        module, calls = reference.load(checkpoint, name, size), recorded.calls[name]
+        every = calls if graph.kind == "denoiser" else calls[:1]
+        values, expected = _chosen(module, graph, every)
+        noise = _noise(module, graph, values, expected, precisions)
+        found[name] = {key: own * (len(calls) // len(every)) for key, own in noise.items()}
+        if name == model.stages[-1].decoder:
+            response = _response(module, graph, values, expected)
+    return Noise(found, response, level)
 
 
-def _noise(
-    module: torch.nn.Module, graph: Graph, calls: Sequence[Call], precisions: Collection[str]
-) -> dict[str, tuple[float, ...]]:
-    """The SQNR in dB of one row of each call in each precision.
+def _response(
+    module: torch.nn.Module, graph: Graph, values: Mapping[str, Array], expected: Mapping[str, Array]
+) -> float:
+    """How many dB the PSNR of a decoded image is above the SQNR of the latents, about where a good bundle is."""
+    latents = values["sample"]
+    draw = np.random.default_rng(0).standard_normal(latents.shape, np.float32)
+    noisy = latents + draw * np.sqrt(np.square(latents).mean()) * 10 ** (-RESPONSE / 20)
+    images = _run(module, graph, {**values, "sample": noisy.astype(np.float32)})
+    return min(psnr(expected["image"], images["image"]) - RESPONSE, SPAN)  # an image may be the same for all latents
 
-    All rows are run as one batch, as scales of activations are made for all timesteps.
-    """
+
+def _chosen(module: torch.nn.Module, graph: Graph, calls: Sequence[Call]) -> tuple[dict[str, Array], dict[str, Array]]:
+    """One row of each call as one batch, a part of it where that is enough: what goes in, and what must come out."""
     values = {tensor.name: _rows([call.inputs[tensor.name] for call in calls]) for tensor in graph.inputs}
     expected = {tensor.name: _rows([call.outputs[tensor.name] for call in calls]) for tensor in graph.outputs}
     sizes = [max(value.shape[2:], default=0) for value in values.values()]
     if (side := CROPPED.get(graph.kind)) and min(sizes) > side:
         values = {key: np.ascontiguousarray(value[:, :, :side, :side]) for key, value in values.items()}
         expected = _run(module, graph, values)
+    return values, expected
+
+
+def _noise(
+    module: torch.nn.Module, graph: Graph, values: Mapping[str, Array], expected: Mapping[str, Array],
+    precisions: Collection[str],
+) -> dict[str, tuple[float, ...]]:  # fmt: skip
+    """The SQNR in dB of each row in each precision; one batch of all, as scales are made for all timesteps."""
     found = {}
     for precision in precisions:
         with ARITHMETIC[precision]():
             outputs = _run(module, graph, values)
         found[precision] = tuple(
             min(compare(right[row : row + 1], outputs[key][row : row + 1]).sqnr_db for key, right in expected.items())
-            for row in range(len(calls))
+            for row in range(len(next(iter(expected.values()))))
         )
     return found
 

@@ -87,7 +87,7 @@ def _check_self_test(test: SelfTest, model: Model, where: str) -> None:
     """The run must be one that the model takes, and each graph must have a band."""
     if set(test.bands.graphs) != set(model.graphs):
         raise _wrong(where, "bands: graphs", ", ".join(test.bands.graphs), f"those of {', '.join(model.graphs)}")
-    if not all(map(math.isfinite, (*test.bands.graphs.values(), test.bands.latents, test.bands.image))):
+    if not all(map(math.isfinite, (*test.bands.graphs.values(), test.bands.latents))):
         raise DexportError(f"{where}: bands: not finite; build the bundle anew")
     names = {way[0].name for way in cascade.ways(model.stages)}
     for name, steps in test.steps.items():

@@ -12,6 +12,11 @@ def silent(what: str, share: float) -> None:
     """The default progress: say nothing."""
 
 
+def with_article(name: str) -> str:
+    """A class's name as a sentence has it: "an AutoencoderKL"."""
+    return f"an {name}" if name[:1] in "AEIOU" else f"a {name}"
+
+
 def first_of(names: Iterable[str], shown: int = 3) -> str:
     """The first names in quotes, and how many there are beyond: "'a', 'b', 'c' and 5 more"."""
     quoted = [repr(name) for name in names]

@@ -205,12 +205,11 @@ class Model:
 class Bands:
     """The least that a bundle must reach against the original model: of its own noise, measured when it was built.
 
-    graphs: SQNR in dB of each graph alone; latents: SQNR after each step of a free run; image: PSNR in dB.
+    graphs: SQNR in dB of each graph alone; latents: SQNR after each step of a free run.
     """
 
     graphs: Mapping[str, float]
     latents: float
-    image: float
 
 
 @dataclass(frozen=True)

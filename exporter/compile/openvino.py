@@ -34,7 +34,7 @@ from calibration.precision import LIMITS, beyond
 from calibration.weights import DYNAMIC as NOTE
 from calibration.weights import GROUP, NARROW, SMALLEST, group_of, narrow
 from runtimes.backends.openvino import GROUP_SIZE, HINT, load, version
-from runtimes.errors import DexportError, Progress
+from runtimes.errors import BackendError, DexportError, Progress
 from runtimes.manifest import Graph
 from runtimes.session import require
 from runtimes.target import Target
@@ -96,9 +96,8 @@ def build(
         try:
             model = ov.Core().read_model(_narrowed(source, Path(folder), graph, precision))
         except RuntimeError as error:
-            raise DexportError(
-                f"{source}: OpenVINO cannot read this graph: {str(error).strip().splitlines()[-1]}"
-            ) from error
+            said = str(error).strip().splitlines()[-1]
+            raise BackendError.of(f"{graph.kind}: OpenVINO cannot read this graph", said) from error
         _write(ov, model, graph, output, precision, progress, _ends(source, islands))
     properties = {HINT: HINTS[target.device][precision], "weights": WEIGHTS[precision]}
     if precision in NARROW and target.device == "cpu":

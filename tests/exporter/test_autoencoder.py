@@ -116,7 +116,7 @@ def test_the_checkpoint_s_own_configuration_is_missing(without: Path, better: Pa
         ({"block_out_channels": [8, 8], "down_block_types": ["DownEncoderBlock2D"] * 2,
           "up_block_types": ["UpDecoderBlock2D"] * 2}, "4 channels, each of 2 pixels a side, where .* have 4, of 4"),
         ({"layers_per_block": 2}, "missing; AutoencoderKL needs it by its config.json"),
-        ({"_class_name": "VQModel"}, "a 'VQModel'; it must be a AutoencoderKL"),
+        ({"_class_name": "VQModel"}, "its class is 'VQModel'; it must be an AutoencoderKL"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit(tiny_sd: Path, better: Path, changes: dict[str, Any], words: str) -> None:
@@ -138,5 +138,5 @@ def test_what_is_no_autoencoder(tiny_sd: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(DexportError, match=words):
             checkpoint.read(tiny_sd, vae=path)
-    with pytest.raises(DexportError, match=r"a AutoencoderKL; give it beside its checkpoint, with --vae"):
+    with pytest.raises(DexportError, match=r"an AutoencoderKL; give it beside its checkpoint, with --vae"):
         checkpoint.read(Path(shutil.copytree(tiny_sd / "vae", tmp_path / "alone")))

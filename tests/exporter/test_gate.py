@@ -37,7 +37,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     source = ensemble.read(EMOJI)
     model = hub.export(source, folder)
     reference = record.record(source, model, folder)
-    noise = spread.measure(source, model, reference.calls, list(HINTS), record.size(model))
+    noise = spread.measure(source, model, reference, list(HINTS), record.size(model))
     return model, folder, reference, {precision: spread.limits(noise, model, precision) for precision in HINTS}
 
 

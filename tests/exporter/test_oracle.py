@@ -88,7 +88,7 @@ def test_a_unet_that_was_saved_long_ago_has_the_size_that_the_pipeline_gives_it(
 
 def test_lent_weights_are_the_pipelines_own(checkpoint: Path) -> None:
     """Each parameter, when it is asked for; and none of them takes memory in between."""
-    (pipe,) = oracle.pipelines(ensemble.read(checkpoint))
+    (pipe,), _ = oracle.pipelines(ensemble.read(checkpoint))
     own = theirs(checkpoint)
     for name in ("unet", "vae", "text_encoder"):
         modules, wanted = dict(pipe.components[name].named_modules()), getattr(own, name).state_dict()
@@ -159,6 +159,6 @@ def test_a_sampler_of_ones_choice_is_made_of_the_pipelines_own(tmp_path: Path) -
     """As users of diffusers do, with from_config; and latents are not clipped where the file says nothing of it."""
     small.sdxl(tmp_path / "sdxl")
     source = ensemble.read(ensemble.Origin(tmp_path / "sdxl", sampler="ddim"))
-    (pipe,) = oracle.pipelines(source)
+    (pipe,), _ = oracle.pipelines(source)
     assert type(pipe.scheduler).__name__ == "DDIMScheduler" and pipe.scheduler.config.clip_sample is False
     assert pipe.scheduler.config.beta_start == small.SCHEDULE["beta_start"]

@@ -27,7 +27,7 @@ class Counted:
 def parts(tiny_sd: Path) -> tuple[Any, Any, Counted]:
     """diffusers' UNet, that of our graph, and a count of the rows that either computes, with one memory for both."""
     read = checkpoint.read(tiny_sd)
-    (pipe,) = oracle.pipelines(read)
+    (pipe,), _ = oracle.pipelines(read)
     ours = reference.load(read, "denoiser").unet
     recall = Recall()
     recall.attach(pipe.components)

@@ -163,7 +163,7 @@ def test_what_is_no_decoder(tmp_path: Path) -> None:
         (tmp_path / "a.safetensors", "not the decoder of an AutoencoderTiny"),
         (tmp_path / "b.safetensors", "not a whole decoder"),
         (tmp_path / "no", "no such folder or file"),
-        (tmp_path / "sd/unet", "it must be a AutoencoderTiny or ConsistencyDecoderVAE"),
+        (tmp_path / "sd/unet", "it must be an AutoencoderTiny or a ConsistencyDecoderVAE"),
     ):
         with pytest.raises(DexportError, match=words):
             ensemble.read(Origin(tmp_path / "sd", decoder=given))

@@ -174,7 +174,7 @@ def test_hubs_and_bundles_that_make_no_sense(tmp_path: Path, change: Change, mes
     assert message in line(error)
 
 
-BANDS = {"graphs": {"text": 90.0, "denoiser": 90.0}, "latents": 80.0, "image": 60.0}
+BANDS = {"graphs": {"text": 90.0, "denoiser": 90.0}, "latents": 80.0}
 TEST: dict[str, Any] = {"subject": "a", "steps": {"base": 2}, "bands": BANDS}
 
 
@@ -190,7 +190,7 @@ TEST: dict[str, Any] = {"subject": "a", "steps": {"base": 2}, "bands": BANDS}
         ({"self_test": TEST | {"steps": {"base": 0}}}, "steps: base is 0"),
         ({"self_test": TEST | {"steps": {"other": 1}}}, "steps: other is 1"),
         ({"self_test": TEST | {"strength": 2.0}}, "strength is 2.0"),
-        ({"self_test": TEST | {"bands": {"graphs": {"text": 1.0}, "latents": 1.0, "image": 1.0}}}, "bands: graphs"),
+        ({"self_test": TEST | {"bands": {"graphs": {"text": 1.0}, "latents": 1.0}}}, "bands: graphs"),
     ],
 )
 def test_manifests_that_make_no_sense(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
