@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -128,20 +129,26 @@ def pipelines(checkpoint: Checkpoint) -> tuple[list[Any], str]:
     for name in DECODERS & checkpoint.components.keys():
         with quiet(), Unfilled():
             other = checkpoint.components[name]
-            _decode_by(found[-1].vae, hollow(checkpoint, other, other.path))
+            decoder = hollow(checkpoint, other, other.path)
+        _encode_by(decoder, found[-1].vae)
+        found[-1].register_modules(vae=decoder)
     return found, ""
 
 
-def _decode_by(vae: Any, other: Any) -> None:
-    """Let an autoencoder decode by another one, which counts its latents by its own scale; it still encodes."""
+def _encode_by(decoder: Any, vae: Any) -> None:
+    """Let the latents that a decoder counts by its own scale be encoded by an autoencoder, which has another one."""
     scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
-    own_scale, own_shift = other.config.scaling_factor, getattr(other.config, "shift_factor", None) or 0.0
+    mean, deviation = (getattr(vae.config, f"latents_{name}", None) for name in ("mean", "std"))
 
-    def decode(latents: Any, *args: Any, **kwargs: Any) -> Any:
-        return other.decode((latents - shift) * scale / own_scale + own_shift, *args, **kwargs)
+    def encode(image: torch.Tensor, *_: Any, **__: Any) -> Any:
+        latents = (vae.encode(image).latent_dist.mode() - shift) * scale
+        if mean is not None:
+            first, second = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, deviation))
+            latents = (latents / scale - first) * scale / second
+        own_shift = getattr(decoder.config, "shift_factor", None) or 0.0
+        return SimpleNamespace(latents=latents / decoder.config.scaling_factor + own_shift)
 
-    vae.decode = decode
-    vae.decoder_scheduler = getattr(other, "decoder_scheduler", None)
+    decoder.encode = encode
 
 
 def unfollowed(checkpoint: Checkpoint) -> str:

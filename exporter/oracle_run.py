@@ -257,11 +257,14 @@ def _steps(part: Any) -> bool:
 @contextmanager
 def _replaced(owner: Any, name: str, function: Any) -> Iterator[None]:
     """An object with one method replaced."""
+    own = vars(owner).get(name)
     setattr(owner, name, function)
     try:
         yield
     finally:
         delattr(owner, name)
+        if own is not None:
+            setattr(owner, name, own)
 
 
 @contextmanager

@@ -47,7 +47,7 @@ class Rounded(TorchFunctionMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         if func in WITH_WEIGHTS:
-            value, weight, *others = args
+            value, weight, *others = _positional(args, kwargs)
             result = func(self._activations(value), self._weights(weight), *others, **kwargs)
             return self._activations(result) if self._is_all else result
         if func in PRODUCTS and self._is_all:
@@ -72,21 +72,26 @@ class Reordered(TorchFunctionMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         if func is F.linear:
-            value, weight, *bias = args
+            value, weight, bias = _positional(args, kwargs)
             half = weight.shape[-1] // 2
-            return F.linear(value[..., half:], weight[..., half:]) + func(
-                value[..., :half], weight[..., :half], *bias, **kwargs
+            return F.linear(value[..., half:], weight[..., half:]) + F.linear(
+                value[..., :half], weight[..., :half], bias
             )
         if func in (torch.conv2d, F.conv2d) and (len(args) < 7 or args[6] == 1) and kwargs.get("groups", 1) == 1:
-            value, weight, bias, *others = (*args, None)[: max(len(args), 3)]
-            half = weight.shape[1] // 2
-            if half:
-                rest = {name: item for name, item in kwargs.items() if name != "bias"}
-                first = func(value[:, :half], weight[:, :half], kwargs.get("bias", bias), *others, **rest)
-                return first + func(value[:, half:], weight[:, half:], None, *others, **rest)
+            value, weight, bias, *others = _positional(args, kwargs)
+            if half := weight.shape[1] // 2:
+                first = func(value[:, :half], weight[:, :half], bias, *others, **kwargs)
+                return first + func(value[:, half:], weight[:, half:], None, *others, **kwargs)
+            return func(value, weight, bias, *others, **kwargs)
         if func in (torch.sin, torch.cos, torch.Tensor.sin, torch.Tensor.cos):
             return func(args[0] * (1 + ULP), *args[1:], **kwargs)
         return func(*args, **kwargs)
+
+
+def _positional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """A layer's input, weight, bias and what follows, however they were given; they are taken out of ``kwargs``."""
+    named = ("input", "weight", "bias")[len(args) :]
+    return (*args, *(kwargs.pop(name, None) for name in named))
 
 
 ULP = 2.0**-23  # of 1 in fp32

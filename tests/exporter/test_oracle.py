@@ -13,11 +13,13 @@ import diffusers
 import pytest
 import torch
 
+from exporter import checkpoint as checkpoints
 from exporter import ensemble, hub, oracle, record
+from exporter.ensemble import Origin
 from exporter.families import Shape
 from runtimes.errors import DexportError, GateError
 from runtimes.manifest import Graph, Model
-from tests.families import small, small_cascades
+from tests.families import small, small_cascades, small_video
 
 # What the constructors say while they repair.
 pytestmark = pytest.mark.filterwarnings("ignore:.*configuration file of.*:FutureWarning")
@@ -66,10 +68,7 @@ def test_schedulers_are_what_the_pipeline_has(checkpoint: Path, tmp_path: Path, 
     for name in ("clip_sample", "steps_offset", "set_alpha_to_one", "beta_start", "prediction_type"):
         if name in read:
             assert read[name] == live.config[name], name
-    for name in (
-        "clip_sample",
-        "steps_offset",
-    ):  # which a constructor repairs, so that they cannot be left to a default
+    for name in ("clip_sample", "steps_offset"):  # which a constructor repairs: they cannot be left to a default
         if name in live.config:
             assert read[name] == live.config[name], name
 
@@ -99,11 +98,9 @@ def test_lent_weights_are_the_pipelines_own(checkpoint: Path) -> None:
         assert hollow == 4 * sum(1 for _ in pipe.components[name].parameters())
 
 
-@pytest.fixture(scope="module")
-def read(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Model, Path]:
-    """The checkpoint and its model, as an export would write it."""
-    folder = tmp_path_factory.mktemp("model")
-    source = ensemble.read(checkpoint)
+def exported(origin: Path | Origin, folder: Path) -> tuple[Any, Model, Path]:
+    """A checkpoint and its model, as an export would write it."""
+    source = ensemble.read(origin)
     size = Shape(*source.family.default_shape(source), free=False)
     graphs = {
         name: Graph(spec.kind, f"{name}/model.onnx", spec.inputs, spec.outputs, sizes=spec.sizes)
@@ -112,6 +109,11 @@ def read(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[An
     stages = ensemble.stages(source, size)
     model = Model(source.family.NAME, source.pipeline, graphs, hub._write_tokenizers(source, folder), stages, ())
     return source, model, folder
+
+
+@pytest.fixture(scope="module")
+def read(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Model, Path]:
+    return exported(checkpoint, tmp_path_factory.mktemp("model"))
 
 
 def test_a_right_reading_follows(read: tuple[Any, Model, Path]) -> None:
@@ -155,10 +157,78 @@ def test_what_diffusers_cannot_make_is_refused(checkpoint: Path, tmp_path: Path)
         ensemble.read(folder)
 
 
+@pytest.mark.parametrize(
+    ("library", "name"),
+    [("diffusers", "DiffusionPipeline"), ("transformers", "AutoModel"), ("diffusers", "UNet2DModel"),
+     ("diffusers", "NoSuchScheduler")],
+)  # fmt: skip
+def test_a_file_that_names_another_class_as_a_scheduler_runs_none_of_its_code(
+    checkpoint: Path, tmp_path: Path, library: str, name: str
+) -> None:
+    folder = changed(
+        checkpoint, tmp_path, "model_index.json", lambda content: content.update(scheduler=[library, name])
+    )
+    with pytest.raises(DexportError, match=f"names '{name}' as a scheduler, and diffusers has none of that name"):
+        oracle.construct(checkpoints.read(folder))
+    with pytest.raises(DexportError, match=f"no sampler '{name}'; choose one"):
+        ensemble.read(folder)
+
+
+SAMPLERS: list[tuple[str, dict[str, Any]]] = [
+    ("tcd", {}), ("tcd", {"eta": 0.3}), ("lcm", {}), ("ddim", {"eta": 0.5, "use_clipped_model_output": True}),
+    ("ddim", {"steps_offset": None}), ("dpm_2s", {}), ("dpm_2_ancestral", {}), ("sa_solver", {"tau": 0.5}),
+    ("lms", {}), ("euler", {"sigmas": [10.0, 5.0, 1.0]}), ("ddpm", {"timesteps": [900, 500, 100]}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("sampler", "options"), SAMPLERS, ids=str)
+def test_diffusers_goes_the_way_of_the_sampler_that_is_asked_for(
+    checkpoint: Path, tmp_path: Path, sampler: str, options: dict[str, Any]
+) -> None:
+    """Whether its options are a scheduler's, an argument of its methods or one of the pipeline's call."""
+    found = record.record(*exported(Origin(checkpoint, sampler=sampler, scheduler=options), tmp_path))
+    assert not found.left and len(found.cases) == 4
+
+
+def test_a_list_is_given_to_the_scheduler_of_a_pipeline_that_takes_none(tmp_path: Path) -> None:
+    small_video.saved(tmp_path / "video")
+    found = record.record(*exported(Origin(tmp_path / "video", preset="dmd2-4step"), tmp_path))
+    assert not found.left
+    assert sorted({call.inputs["timestep"][0] for call in found.calls["denoiser"]}) == [249, 999]
+
+
+def test_a_sampler_that_diffusers_cannot_go_with_leaves_the_reading_proven_by_the_checkpoints_own(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """DPM-Solver's SDE draws from a Brownian path."""
+    source, model, folder = exported(Origin(checkpoint, sampler="dpmpp_sde"), tmp_path)
+    found = record.record(source, model, folder)
+    assert found.oracle == "diffusers StableDiffusionPipeline"
+    assert found.left == {"sampler": "DPMSolverSDEScheduler draws from a noise of its own"}
+    assert [case.name for case in found.cases] == ["default settings"]
+    with pytest.raises(GateError, match="in the tokens"):
+        record.record(source, replace(model, tokenizers=(replace(model.tokenizers[0], pad=1),)), folder)
+
+
+@pytest.mark.parametrize("refined", [False, True])
+def test_a_tiny_decoder_stands_beside_the_encoder(tmp_path: Path, refined: bool) -> None:
+    """It decodes what the last pipeline made, and what begins with an image is still encoded by the autoencoder."""
+    (small.sdxl if refined else small.inpainting)(tmp_path / "model")
+    if refined:
+        small.refiner(tmp_path / "refiner")
+    diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1), latent_channels=4, scaling_factor=0.5,
+    ).save_pretrained(tmp_path / "tiny")  # fmt: skip
+    origin = Origin(tmp_path / "model", decoder=tmp_path / "tiny", refiner=tmp_path / "refiner" if refined else None)
+    found = record.record(*exported(origin, tmp_path))
+    assert found.oracle.startswith("diffusers ") and not found.left
+
+
 def test_a_sampler_of_ones_choice_is_made_of_the_pipelines_own(tmp_path: Path) -> None:
     """As users of diffusers do, with from_config; and latents are not clipped where the file says nothing of it."""
     small.sdxl(tmp_path / "sdxl")
-    source = ensemble.read(ensemble.Origin(tmp_path / "sdxl", sampler="ddim"))
+    source = ensemble.read(Origin(tmp_path / "sdxl", sampler="ddim"))
     (pipe,), _ = oracle.pipelines(source)
     assert type(pipe.scheduler).__name__ == "DDIMScheduler" and pipe.scheduler.config.clip_sample is False
     assert pipe.scheduler.config.beta_start == small.SCHEDULE["beta_start"]

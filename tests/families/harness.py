@@ -33,6 +33,7 @@ from exporter.families import Shape
 from exporter.inspect import inspect as describe
 from runtimes import cascade, subject
 from runtimes.bench import bench
+from runtimes.bundle import load_manifest
 from runtimes.manifest import Graph, Model
 from runtimes.pipeline import Pipeline
 from runtimes.request import Request
@@ -79,6 +80,9 @@ def untraced(folder: Path, tokenizers: Path, shape: Shape) -> Pipeline:
     return Pipeline(model, tokenizers, opened)
 
 
+NOT_COMPARED = {"StableDiffusion3Pipeline": {"inpainting"}}  # diffusers' class takes latents of 16 channels alone
+
+
 def prove(made: Built) -> dict[str, Any]:
     """A bundle's golden outputs are right for every graph, and it is timed and described: what is said of it."""
     folder = made.bundles["onnxruntime"]
@@ -86,6 +90,10 @@ def prove(made: Built) -> dict[str, Any]:
     assert all(check.passed for check in checks)
     assert {check.graph for check in checks} - {RUN} == set(found["graphs"]) == set(bench(folder, repeats=1)["graphs"])
     assert set(found.get("stages", ["base"])) == {stage.name for stage in hub.load(made.hub).stages}
+    accuracy = load_manifest(folder).accuracy
+    assert accuracy["reference"].startswith("diffusers ")
+    assert set(accuracy.get("not compared", ())) <= NOT_COMPARED.get(hub.load(made.hub).pipeline, set())
+    assert accuracy["latents_sqnr_db"].keys() >= {"default settings"}
     return found
 
 
