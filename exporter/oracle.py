@@ -386,9 +386,10 @@ def _weights(checkpoint: Checkpoint, part: Component, module: torch.nn.Module) -
     renamed = {checkpoint.family.rename(part.name, name): entry for name, entry in part.entries.items()}
     renamed |= {name: entry for name, entry in part.entries.items() if name not in renamed}
     found: dict[str, Stored] = {}
-    for name in (*parameter_shapes(module), *(name for name, _ in module.named_buffers())):
+    shapes = parameter_shapes(module) | {name: tuple(buffer.shape) for name, buffer in module.named_buffers()}
+    for name, shape in shapes.items():
         ways = (".".join(name.split(".")[level:]) for level in range(name.count(".") + 1))
-        entry = next((renamed[way] for way in ways if way in renamed), None)
+        entry = next((renamed[way] for way in ways if way in renamed and renamed[way].shape == shape), None)
         if entry is not None:
             found[name] = entry
     for name, twin in tied(module).items():

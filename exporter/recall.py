@@ -105,24 +105,30 @@ def _digest(leaf: Any) -> Any:
 
 
 def _split(result: Any, count: int) -> list[tuple[list[Any], Any]]:
-    """An output row by row; none where it has no rows, or is too large to keep."""
+    """Copies of an output row by row; none where it has no rows, is too large to keep, or more than numbers."""
     leaves, layout = pytree.tree_flatten(result)
+    if not all(leaf is None or isinstance(leaf, (torch.Tensor, int, float)) for leaf in leaves):
+        return []
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    if any(not leaf.ndim or len(leaf) != count for leaf in tensors) and count > 1:
+    if count > 1 and any(not leaf.ndim or len(leaf) != count for leaf in tensors):
         return []
     if sum(leaf.nbytes for leaf in tensors) > LARGEST * count:
         return []
-    if count == 1:
-        return [(leaves, layout)]
-    return [
-        ([leaf[index : index + 1] if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], layout)
-        for index in range(count)
-    ]
+
+    def row(leaf: Any, index: int) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        return leaf.clone() if count == 1 else leaf[index : index + 1].clone()
+
+    return [([row(leaf, index) for leaf in leaves], layout) for index in range(count)]
 
 
 def _joined(rows: list[tuple[list[Any], Any]]) -> Any:
-    if len(rows) == 1:
-        return pytree.tree_unflatten(list(rows[0][0]), rows[0][1])
+    """The output of several rows, to be changed by whoever asked."""
     columns = zip(*(leaves for leaves, _ in rows), strict=True)
-    joined = [torch.cat(column) if isinstance(column[0], torch.Tensor) else column[0] for column in columns]
+    alone = len(rows) == 1
+    joined = [
+        column[0] if not isinstance(column[0], torch.Tensor) else column[0].clone() if alone else torch.cat(column)
+        for column in columns
+    ]
     return pytree.tree_unflatten(joined, rows[0][1])

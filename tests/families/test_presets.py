@@ -14,7 +14,7 @@ from exporter import ensemble
 from exporter.build import build
 from exporter.ensemble import Origin
 from exporter.families import Shape
-from runtimes import presets, samplers
+from runtimes import presets
 from runtimes.errors import DexportError
 from runtimes.pipeline import Pipeline
 from runtimes.presets import PRESETS
@@ -30,23 +30,58 @@ def bundle(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     return Pipeline.load(made.folder)
 
 
-def pipe_of(folder: Path, sampler: str, options: dict[str, Any]) -> Any:
+def pipe_of(folder: Path, scheduler: str, options: dict[str, Any]) -> Any:
     """diffusers' pipeline of a folder with a scheduler ``from_config``."""
     pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype="float32")
     pipe.set_progress_bar_config(disable=True)
-    name, implied = samplers.find(sampler)
-    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **implied, **options)
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config, **options)
     return pipe
 
 
-@pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if preset.sampler != "flow_euler"])
+def steps(count: int, guidance: float = 0, **more: Any) -> dict[str, Any]:
+    return {"num_inference_steps": count, "guidance_scale": guidance, **more}
+
+
+TRAILING = {"timestep_spacing": "trailing"}
+# What the cards say in the words of diffusers: the scheduler, its options, and the arguments of the call.
+CARDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "lcm": ("LCMScheduler", {}, steps(4, 8.0)),
+    "lcm-lora": ("LCMScheduler", {}, steps(4)),
+    "tcd": ("TCDScheduler", {}, steps(4, eta=0.3)),
+    "lightning-1step": ("EulerDiscreteScheduler", {**TRAILING, "prediction_type": "sample"}, steps(1)),
+    "lightning-2step": ("EulerDiscreteScheduler", TRAILING, steps(2)),
+    "lightning-4step": ("EulerDiscreteScheduler", TRAILING, steps(4)),
+    "lightning-8step": ("EulerDiscreteScheduler", TRAILING, steps(8)),
+    "hyper-1step": ("LCMScheduler", {}, {"timesteps": [800], "guidance_scale": 0}),
+    "hyper-2step": ("DDIMScheduler", TRAILING, steps(2)),
+    "hyper-4step": ("DDIMScheduler", TRAILING, steps(4)),
+    "hyper-8step": ("DDIMScheduler", TRAILING, steps(8)),
+    "hyper-8step-cfg": ("DDIMScheduler", TRAILING, steps(8, 5.0)),
+    "hyper-12step-cfg": ("DDIMScheduler", TRAILING, steps(12, 5.0)),
+    "hyper-unified": ("TCDScheduler", {}, steps(4, eta=1.0)),
+    "sd-turbo": ("EulerDiscreteScheduler", TRAILING, steps(1)),
+    "sdxl-turbo": ("EulerAncestralDiscreteScheduler", TRAILING, steps(1)),
+    "dmd2-1step": ("LCMScheduler", {}, {"timesteps": [399], "guidance_scale": 0}),
+    "dmd2-4step": ("LCMScheduler", {}, {"timesteps": [999, 749, 499, 249], "guidance_scale": 0}),
+    "flash": ("LCMScheduler", TRAILING, steps(4)),
+}
+FLOWS = {  # with the checkpoint's own flow-matching Euler: steps and guidance
+    "hyper-sd3-4step": (4, 3.0), "hyper-sd3-8step": (8, 5.0), "hyper-sd3-16step": (16, 7.0),
+    "hyper-flux-8step": (8, 3.5), "hyper-flux-16step": (16, 3.5),
+}  # fmt: skip
+
+
+def test_every_preset_has_its_card() -> None:
+    assert {**CARDS, **FLOWS}.keys() == PRESETS.keys()
+    for name, figures in FLOWS.items():
+        preset = PRESETS[name]
+        assert (preset.sampler, preset.scheduler, preset.steps, preset.guidance) == ("flow_euler", {}, *figures)
+
+
+@pytest.mark.parametrize("name", CARDS)
 def test_a_preset_is_diffusers_pipeline_with_the_cards_arguments(name: str, bundle: Pipeline, tiny_sd: Path) -> None:
-    preset = PRESETS[name]
-    options = {key: value for key, value in preset.scheduler.items() if key not in ("eta", "timesteps")}
-    told = {key: value for key, value in preset.scheduler.items() if key in ("eta", "timesteps")}
-    steps = {} if "timesteps" in told else {"num_inference_steps": preset.steps}
-    pipe = pipe_of(tiny_sd, preset.sampler, options)
-    expected = harness.theirs(pipe, prompt=WORDS, guidance_scale=preset.guidance, **steps, **told)
+    preset, (scheduler, options, told) = PRESETS[name], CARDS[name]
+    expected = harness.theirs(pipe_of(tiny_sd, scheduler, options), prompt=WORDS, **told)
     asked = presets.settings(name, {})
     got = harness.ours(bundle, Request([WORDS], **asked))
     assert abs(got - expected).max() < 1e-3
@@ -80,10 +115,8 @@ def test_a_preset_at_build_is_the_bundles_default(name: str, tiny_sd: Path, tmp_
     assert stage.guidance.kind == ("cfg" if preset.guidance > 1 else "none")
     assert {**stage.scheduler, **preset.scheduler} == stage.scheduler
     assert json.loads((made.folder / "dexport.json").read_text())["model"]["stages"][0]["steps"] == preset.steps
-    told = {"timesteps": [999, 749, 499, 249]} if name == "dmd2-4step" else {"num_inference_steps": preset.steps}
-    options = {} if name == "dmd2-4step" else {"timestep_spacing": "trailing"}
-    pipe = pipe_of(tiny_sd, preset.sampler, options)
-    expected = harness.theirs(pipe, prompt=WORDS, guidance_scale=preset.guidance, **told)
+    scheduler, options, told = CARDS[name]
+    expected = harness.theirs(pipe_of(tiny_sd, scheduler, options), prompt=WORDS, **told)
     assert abs(harness.ours(pipeline, Request([WORDS])) - expected).max() < 1e-3
 
 
