@@ -190,10 +190,7 @@ def _steered(checkpoint: Checkpoint) -> Any:
         if networks:
             what, argument = STEERING[next(iter(kinds))]
             kind = getattr(diffusers, plain.replace("Pipeline", f"{what}Pipeline"))
-            expected, optional = kind._get_signature_keys(kind)
-            options = {name: pipe.config[name] for name in optional if name in pipe.config}
-            own = {name: pipe.components.get(name) for name in expected if name != argument}
-            pipe = kind(**own, **options, **{argument: made if len(made) > 1 else made[0]})
+            pipe = _assembled(kind, pipe, **{argument: made if len(made) > 1 else made[0]})
     if adapters:
         with quiet():
             folders, names = [str(part.path.parent) for part in adapters], [part.path.name for part in adapters]
@@ -232,14 +229,19 @@ def with_class(pipe: Any, name: str) -> Any:
     import diffusers
 
     kind = getattr(diffusers, name)
-    expected, optional = kind._get_signature_keys(kind)
-    options = {option: pipe.config[option] for option in optional if option in pipe.config}
     own = pipe.scheduler._internal_dict  # which a constructor repairs, even where it was asked for so
     with quiet():
-        made = kind(**{part: pipe.components.get(part) for part in expected}, **options)
+        made = _assembled(kind, pipe)
     pipe.scheduler._internal_dict = own
     made.set_progress_bar_config(disable=True)
     return made
+
+
+def _assembled(kind: Any, pipe: Any, **parts: Any) -> Any:
+    """A pipeline of another class with the parts and options of ``pipe``, and further ones."""
+    expected, optional = kind._get_signature_keys(kind)
+    options = {name: pipe.config[name] for name in optional if name in pipe.config}
+    return kind(**{**{name: pipe.components.get(name) for name in expected}, **options, **parts})
 
 
 def _own_class(checkpoint: Checkpoint) -> str:

@@ -132,8 +132,8 @@ def run(
     last = pipeline.model.stages[-1]
     image = _image(result) if decoded else None
     size = (last.sample[-2] * last.factor, last.sample[-1] * last.factor) if image is None else image.shape[-2:]
-    ended = _result(result)  # which some classes decode in any case
-    latents = ended if not decoded and isinstance(ended, torch.Tensor) else steps[-1].after
+    blended = request.mask is not None and not decoded  # with what the mask leaves, after the last step too
+    latents = _result(result) if blended else steps[-1].after
     return Run(tuple(steps), tuple(tokens), latents, image, (size[0], size[1]), _unpacked(pipes[-1], size))
 
 

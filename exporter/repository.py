@@ -127,12 +127,12 @@ def fetch(
         )
     with _explained(place, variant):
         progress(f"{place}: looking at its files", 0.0)
-        names, commit = _names(place)
+        names = _names(place)
 
-        def download(chosen: Collection[str]) -> Path:
+        def download(chosen: Collection[str], commit: str | None = None) -> Path:
             return Path(
                 huggingface_hub.snapshot_download(
-                    place.name, revision=commit, allow_patterns=[glob.escape(name) for name in chosen],
+                    place.name, revision=commit or place.revision, allow_patterns=[glob.escape(name) for name in chosen],
                     tqdm_class=_bar(f"{place}: downloading", progress), max_workers=4,
                 )
             )  # fmt: skip
@@ -144,17 +144,17 @@ def fetch(
         if not below:
             raise DexportError(f"{place}: the repository holds no {place.inside!r}; it holds {first_of(sorted(names))}")
         index: dict[str, Any] = {}
+        commit = None
         if INDEX in below and not component:
-            index = json.loads((download([inside + INDEX]) / inside / INDEX).read_text(encoding="utf-8"))
+            snapshot = download([inside + INDEX])
+            commit = snapshot.name  # a branch may move on between the two downloads
+            index = json.loads((snapshot / inside / INDEX).read_text(encoding="utf-8"))
         chosen = choose(str(place), below, index, variant=variant, component=component, weights=weights)
-        return download([inside + name for name in chosen]) / inside
+        return download([inside + name for name in chosen], commit) / inside
 
 
-def _names(place: Repository) -> tuple[set[str], str | None]:
-    """The names of a repository's files, and the commit that they are of: a branch may move on between two downloads.
-
-    Without a network they are as the cache has kept them, for the revision as it was asked for.
-    """
+def _names(place: Repository) -> set[str]:
+    """The names of a repository's files; without a network, as the cache has kept them."""
     import huggingface_hub
     from huggingface_hub.errors import CachedRepoTreeNotFoundError, OfflineModeIsEnabled
 
@@ -163,11 +163,11 @@ def _names(place: Repository) -> tuple[set[str], str | None]:
     except OfflineModeIsEnabled:
         try:
             tree = huggingface_hub.get_cached_repo_tree(place.name, revision=place.revision)
-            return {file.path for file in tree}, place.revision
+            return {file.path for file in tree}
         except CachedRepoTreeNotFoundError:  # what an older client downloaded
             folder = Path(huggingface_hub.snapshot_download(place.name, revision=place.revision, local_files_only=True))
-            return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}, place.revision
-    return {file.rfilename for file in found.siblings or ()}, found.sha
+            return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return {file.rfilename for file in found.siblings or ()}
 
 
 def choose(
