@@ -132,7 +132,8 @@ def fetch(
         def download(chosen: Collection[str], commit: str | None = None) -> Path:
             return Path(
                 huggingface_hub.snapshot_download(
-                    place.name, revision=commit or place.revision, allow_patterns=[glob.escape(name) for name in chosen],
+                    place.name, revision=commit or place.revision,
+                    allow_patterns=[glob.escape(name) for name in chosen],
                     tqdm_class=_bar(f"{place}: downloading", progress), max_workers=4,
                 )
             )  # fmt: skip

@@ -223,7 +223,7 @@ def wuerstchen(folder: Path) -> Any:
                 weight.data.normal_(std=0.2)
     for last in (prior.out[1], decoder.clf[1]):
         last.weight.data.mul_(0.3)  # else divisors near 0 would make each rounding large, as in no trained model
-    encoder, own_encoder = (  # of heads of 8 and 24: for heads of 12 TensorRT 11 has no kernel in fp16
+    encoder, own_encoder = (  # of heads of 8 and 24: for heads of 12 TensorRT finds no fp16
         clip(len(words), hidden_size=width, num_hidden_layers=1, num_attention_heads=2) for width in (WIDTH, 48)
     )
     pipe = save(

@@ -141,7 +141,7 @@ def test_given_timesteps_as_in_diffusers(kind: str, times: list[float]) -> None:
         {"_class_name": "LCMScheduler", "thresholding": True, "sample_max_value": 1.5},
         {"_class_name": "LCMScheduler", "thresholding": True, "dynamic_thresholding_ratio": 0.9, **COSINE},
         {"_class_name": CM},
-        {"_class_name": "TCDScheduler", "clip_sample": True, "thresholding": True},
+        {"_class_name": "TCDScheduler", "clip_sample": True, "thresholding": True, "eta": 0.3},
     ],
 )
 @pytest.mark.parametrize("steps", [1, 2, 4, 10])
