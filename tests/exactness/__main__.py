@@ -1,4 +1,4 @@
-"""Compare every change of every class, and write docs/exactness.md; exit with 1 if anything is silently different.
+"""Compare every change of every class, and write docs/exactness.md; exit with 1 if anything gives another image.
 
 python -m tests.exactness
 python -m tests.exactness --every 10 --jobs 1
@@ -52,7 +52,7 @@ def main() -> int:
             sweeps.append(done)
             counts = ", ".join(f"{what} {count}" for what, count in done.counts().items())
             click.echo(f"{done.pipeline}: as it is {done.unchanged.what} {done.unchanged.how}; {counts}")
-            for line in done.different():
+            for line in done.wrong():
                 click.echo(f"  {line}")
     wrong = [done.pipeline for done in sweeps if done.unchanged.what != Outcome.SAME]
     if wrong:
@@ -61,7 +61,7 @@ def main() -> int:
         click.echo(f"not all classes were compared; {PAGE} was not written")
     else:
         PAGE.write_text(page(sweeps, options.every, diffusers.__version__), encoding="utf-8")
-    return int(bool(wrong) or any(done.different() for done in sweeps))
+    return int(bool(wrong) or any(done.wrong() for done in sweeps))
 
 
 if __name__ == "__main__":

@@ -53,8 +53,10 @@ class Outcome:
     REFUSED: ClassVar[str] = "refused by dexport"
     BOTH: ClassVar[str] = "refused by both"
     THEIRS: ClassVar[str] = "diffusers fails"
+    FOUND: ClassVar[str] = "found by a build"
     DIFFERENT: ClassVar[str] = "silently different"
-    KINDS: ClassVar[tuple[str, ...]] = (SAME, REFUSED, BOTH, THEIRS, DIFFERENT)
+    KINDS: ClassVar[tuple[str, ...]] = (SAME, REFUSED, BOTH, THEIRS, FOUND, DIFFERENT)
+    WRONG: ClassVar[tuple[str, ...]] = (FOUND, DIFFERENT)
 
     what: str
     how: str = ""
@@ -128,9 +130,12 @@ class Comparison:
             try:
                 theirs = _image(_theirs(folder), ours)
             except Exception as error:  # each class fails in its own way
-                return self._failed(ours, _line(error))
-        altered = mine.shape != self.image.shape or not psnr(self.image, mine) >= SAME_DB
-        return replace(_compared(theirs, mine), altered=altered)
+                return self._proven(ours, Outcome(Outcome.THEIRS, _line(error)))
+            found = _compared(theirs, mine)
+            if found.what != Outcome.SAME:
+                return self._proven(ours, replace(found, what=Outcome.FOUND))
+            altered = mine.shape != self.image.shape or not psnr(self.image, mine) >= SAME_DB
+            return replace(found, altered=altered)
 
     def _refused(self, folder: Path) -> str:
         """Whether diffusers' own pipeline makes no image of the checkpoint either, asked as it is unchanged."""
@@ -140,17 +145,17 @@ class Comparison:
             return Outcome.BOTH
         return Outcome.REFUSED if np.isfinite(image).all() else Outcome.BOTH
 
-    def _failed(self, ours: Reading, how: str) -> Outcome:
-        """Where diffusers makes no image, a build has to end too, or to leave that task out: it is looked at."""
+    def _proven(self, ours: Reading, found: Outcome) -> Outcome:
+        """What is no image of both must end a build with an error too, or be said to be unproven: it is looked at."""
         try:
             built = record.record(ours.source, ours.pipeline.model, ours.files)
-        except DexportError:
-            return Outcome(Outcome.THEIRS, how)
+        except DexportError as error:
+            return replace(found, how=f"{found.how}; a build: {error}"[:LONGEST])
         except Exception as error:  # a bug of ours
-            return Outcome(Outcome.DIFFERENT, f"a crash: {_line(error)}; diffusers fails: {how}"[:LONGEST])
-        if self.subject.task in built.left:
-            return Outcome(Outcome.THEIRS, how)
-        return Outcome(Outcome.DIFFERENT, f"a build goes through, and diffusers fails: {how}"[:LONGEST])
+            return replace(found, what=Outcome.DIFFERENT, how=f"{found.how}; a build crashes: {_line(error)}"[:LONGEST])
+        if built.left.keys() & {self.subject.task, "sampler"}:
+            return found
+        return replace(found, what=Outcome.DIFFERENT, how=f"{found.how}; a build goes through"[:LONGEST])
 
 
 def _compared(theirs: Array, mine: Array) -> Outcome:

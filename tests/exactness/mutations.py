@@ -7,7 +7,7 @@ is one change to one JSON file of a small checkpoint.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,10 +42,11 @@ SIZES = ("steps_offset", "sample_size", "model_max_length", "max_position_embedd
 # What a file is of, by how its name starts; all others are of components.
 KINDS = {
     "model_index": "model_index.json", "scheduler_config": "scheduler", "tokenizer_config": "tokenizer",
-    "special_tokens_map": "tokenizer", "added_tokens": "tokenizer",
+    "special_tokens_map": "tokenizer", "added_tokens": "tokenizer", "vocab": "tokenizer",
 }  # fmt: skip
 OLD = "0.4.0"  # of diffusers: before most of what constructors repair
-EXTRA = {  # options that old files have, or that are added by hand, by the kind of file
+# Options that old files have, or that are added by hand, by the kind of file.
+EXTRA: Mapping[str, Mapping[str, Any]] = {
     "scheduler_config.json": {"clip_sample": True, "steps_offset": 0, "skip_prk_steps": False, "set_alpha_to_one": True,
                               "predict_epsilon": True, "an_unknown_option": 1, "use_karras_sigmas": True},
     "model_index.json": {"force_zeros_for_empty_prompt": False, "requires_aesthetics_score": True,

@@ -24,7 +24,9 @@ too; {how}.
 - "Diffusers fails" where we read the checkpoint and diffusers makes no image. So does a build: its reference is run on
   each of these, and must end in an error, or, for a class that starts from an image, leave that task unproven and say
   so in the manifest.
-- "Silently different" is all else, a crash among it; with one of these `make oracle` ends with exit code 1.
+- "Found by a build" is another image that we make than diffusers, and a build's reference ends there likewise. It is
+  a misreading all the same: `make oracle` ends with exit code 1.
+- "Silently different" is all else, a crash among it: exit code 1 too.
 
 A build compares every checkpoint with diffusers' own pipeline anyway
 ([architecture](architecture.md#exactness-is-a-gate)): what is counted here is that the reading itself is right.
@@ -34,8 +36,8 @@ MORE = """
 By the kind of change:
 
 """
-FOUND = """
-Silently different:
+WRONG = """
+Not the same image, where there should be one:
 
 """
 APART = """
@@ -91,10 +93,10 @@ class Sweep:
         """How many changes came out how."""
         return _counts([change.outcome for change in self.changes])
 
-    def different(self) -> list[str]:
-        """A line for each change that is silently different."""
-        found = [change for change in self.changes if change.outcome.what == Outcome.DIFFERENT]
-        return [f"`{self.pipeline}`, {change.name}: {change.outcome.how}" for change in found]
+    def wrong(self) -> list[str]:
+        """A line for each change that gives another image."""
+        found = [change for change in self.changes if change.outcome.what in Outcome.WRONG]
+        return [f"`{self.pipeline}`, {change.name}: {change.outcome.what}, {change.outcome.how}" for change in found]
 
 
 def page(sweeps: Sequence[Sweep], every: int, version: str) -> str:
@@ -110,8 +112,8 @@ def page(sweeps: Sequence[Sweep], every: int, version: str) -> str:
     by_kind = {kind: _counts(kinds[kind]) for kind in sorted(kinds)}
     text = HEAD.format(version=version, steps=STEPS, same=SAME_DB, how=how)
     text += _table("pipeline class", rows) + MORE + _table("change", by_kind)
-    if lines := [line for sweep in sweeps for line in sweep.different()]:
-        text += FOUND + "".join(f"- {line}\n" for line in lines)
+    if lines := [line for sweep in sweeps for line in sweep.wrong()]:
+        text += WRONG + "".join(f"- {line}\n" for line in lines)
     return text + APART.format(strength=STRENGTH)
 
 

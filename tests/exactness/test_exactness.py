@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from functools import cache
 
 import pytest
 import torch
 
 from exporter.families import PIPELINES, SAME
+from tests.exactness import compare
 from tests.exactness.compare import Comparison, Outcome
+from tests.exactness.mutations import Mutation
 from tests.exactness.page import Change, Sweep, page
 from tests.exactness.subjects import SUBJECTS
 
@@ -38,12 +41,33 @@ def test_no_change_gives_another_image_without_a_word(number: int) -> None:
     found = sweep(number)
     assert found.unchanged.what == Outcome.SAME, found.unchanged.how
     assert found.total > 70
-    assert not found.different()
+    assert not found.wrong()
 
 
 def test_most_changes_give_the_same_image() -> None:
     found = [sweep(number).counts()[Outcome.SAME] for number in range(len(SUBJECTS))]
     assert sum(found) >= LEAST * COUNT * len(SUBJECTS)
+
+
+def comparison(pipeline: str) -> AbstractContextManager[Comparison]:
+    return Comparison.of(next(subject for subject in SUBJECTS if subject.pipeline == pipeline))
+
+
+def change(found: Comparison, name: str) -> Mutation:
+    return next(one for one in found.mutations if one.name == name)
+
+
+def test_a_misreading_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    with comparison("DDIMPipeline") as found:
+        monkeypatch.setattr(compare, "_ours", lambda *_: found.unchanged)
+        other = found.outcome(change(found, "scheduler/scheduler_config.json: prediction_type='sample'"))
+    assert other.what == Outcome.DIFFERENT and "a build goes through" in other.how
+
+
+def test_what_diffusers_alone_takes_is_counted_for_classes_of_pictures_too() -> None:
+    with comparison("StableDiffusionInpaintPipeline") as found:
+        outcome = found.outcome(change(found, "vae/config.json: use_quant_conv=False"))
+    assert outcome.what == Outcome.REFUSED and "tensors" in outcome.how
 
 
 def test_the_page_says_what_was_compared() -> None:
@@ -52,4 +76,4 @@ def test_the_page_says_what_was_compared() -> None:
     assert f"here {2 * COUNT} of {total} changes were compared, one of 90 of each class" in page(found, 90, "1.0")
     changes = (Change("a kind", "b", Outcome(Outcome.DIFFERENT, "c")),)
     text = page([Sweep("APipeline", "", Outcome(Outcome.SAME), changes, 1)], 1, "1.0")
-    assert "all 1 changes were compared" in text and "- `APipeline`, b: c\n" in text
+    assert "all 1 changes were compared" in text and "- `APipeline`, b: silently different, c\n" in text
