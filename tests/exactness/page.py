@@ -13,7 +13,8 @@ HEAD = """# Exactness
 How small checkpoints of diffusers {version}'s own classes are read when a file of theirs is not what it was: an
 option left out, added or of another value, a checkpoint that was saved long ago, two files that name different
 schedulers. Each is one change to one JSON file; diffusers' own pipeline and ours make the first image of it from the
-same noise in {steps} steps, and the images are compared (same: {same:g} dB PSNR at least). This page is written by
+same noise in {steps} steps, and the images are compared (same: {same:g} dB PSNR at least, or as near as ours is to
+itself with other rounding). This page is written by
 `make oracle` (`python -m tests.exactness`), which makes none unless every class gives the same image without a change
 too; {how}.
 
@@ -21,9 +22,11 @@ too; {how}.
 - "Refused by dexport" is a line that says why, before anything is written, of a checkpoint that diffusers draws with
   when it is asked what the unchanged one is.
 - "Refused by both" is such a line where diffusers' pipeline cannot be made, or makes no image.
-- "Diffusers fails" where we read the checkpoint and diffusers makes no image. So does a build: its reference is run on
-  each of these, and must end in an error, or, for a class that starts from an image, leave that task unproven and say
+- "Diffusers fails" where we read the checkpoint and diffusers makes no image. So does a build: its reference was run on
+  each of these, and ended in an error, or, for a class that starts from an image, left that task unproven and says
   so in the manifest.
+- "Built all the same" is what diffusers cannot load as a whole, though a build's reference, diffusers' own pipeline
+  without the weights of what we do not compute with, agrees: the damaged part is one that has no use.
 - "Found by a build" is another image that we make than diffusers, and a build's reference ends there likewise. It is
   a misreading all the same: `make oracle` ends with exit code 1.
 - "Silently different" is all else, a crash among it: exit code 1 too.

@@ -6,17 +6,17 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import diffusers
-import torch
 
 from exporter.families import SAME
 from tests.families import small, small_cascades, small_flow, small_hints, small_ldm, small_transformers, small_video
 
 Make = Callable[[Path], Any]
-# What StableDiffusionXL's UNet is like for a T2I-Adapter: attention where its first features are added.
+# In the order of Stable Diffusion XL's UNet, which the features of its T2I-Adapters are for.
 XL_BLOCKS = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
 }  # fmt: skip
@@ -39,21 +39,16 @@ FROM_IMAGE, INPAINTING = "image to image", "inpainting"
 TASKS = ("", FROM_IMAGE, INPAINTING)  # none: what the class draws of a prompt, a class or noise; also by a picture
 
 
-def _components(folder: Path, kind: str, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """diffusers' pipeline of a folder, and those of its parts that another class takes."""
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **options)
-    expected, _ = getattr(diffusers, kind)._get_signature_keys(getattr(diffusers, kind))
-    return pipe, {name: part for name, part in pipe.components.items() if name in expected}
-
-
 def _steered(kind: str, argument: str, network: Callable[[Any], Any], base: Make) -> Make:
     """A pipeline of a base's parts and a network that steers its UNet, as its class saves it."""
 
     def make(folder: Path) -> None:
         plain = folder.with_name(f"{folder.name}-plain")
         base(plain)
-        pipe, parts = _components(plain, kind, safety_checker=None, feature_extractor=None)
-        said = {} if "XL" in kind else {"requires_safety_checker": False}
+        pipe = diffusers.DiffusionPipeline.from_pretrained(plain, safety_checker=None, feature_extractor=None)
+        expected, options = getattr(diffusers, kind)._get_signature_keys(getattr(diffusers, kind))
+        parts = {name: part for name, part in pipe.components.items() if name in expected}
+        said = {"requires_safety_checker": False} if "requires_safety_checker" in options else {}
         getattr(diffusers, kind)(**parts, **said, **{argument: network(pipe.unet)}).save_pretrained(folder)
         shutil.rmtree(plain)
 
@@ -64,14 +59,6 @@ def _xl(folder: Path, *, means: bool) -> None:
     scheduler = diffusers.EulerDiscreteScheduler(**small.SCHEDULE)
     kind = diffusers.StableDiffusionXLPipeline
     small.stable_diffusion_xl(folder, kind, scheduler, blocks=XL_BLOCKS, means=means)
-
-
-def _xl_without_mean(folder: Path) -> None:
-    _xl(folder, means=False)
-
-
-def _xl_with_mean(folder: Path) -> None:
-    _xl(folder, means=True)
 
 
 def _sd_3_without_shift(folder: Path) -> None:
@@ -92,11 +79,13 @@ _controlnet = _steered("StableDiffusionControlNetPipeline", "controlnet", _contr
 _adapter = _steered(
     "StableDiffusionAdapterPipeline", "adapter", lambda unet: small_hints.features(3), small_cascades.stable_diffusion
 )
-_xl_controlnet = _steered("StableDiffusionXLControlNetPipeline", "controlnet", _control, _xl_with_mean)
-_xl_controlnet_without_mean = _steered("StableDiffusionXLControlNetPipeline", "controlnet", _control, _xl_without_mean)
+_xl_controlnet = _steered("StableDiffusionXLControlNetPipeline", "controlnet", _control, partial(_xl, means=True))
+_xl_controlnet_without_mean = _steered(
+    "StableDiffusionXLControlNetPipeline", "controlnet", _control, partial(_xl, means=False)
+)
 _xl_adapter = _steered(
     "StableDiffusionXLAdapterPipeline", "adapter",
-    lambda unet: small_hints.features(3, "full_adapter_xl", downscale_factor=4), _xl_without_mean,
+    lambda unet: small_hints.features(3, "full_adapter_xl", downscale_factor=4), partial(_xl, means=False),
 )  # fmt: skip
 
 SUBJECTS_OF_THEIR_OWN: tuple[Subject, ...] = (
