@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import resource
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -41,6 +42,7 @@ SAME_DB = 50.0  # PSNR of two images that are the same: diffusers' own rounding 
 # Of an image that rounding alone makes another one: how near it must be to itself, and how much farther diffusers' is.
 ROUNDING, LEAST_DB, MARGIN_DB = 2.0**-23, 25.0, 6.0
 WEIGHTS = ".safetensors"
+MEMORY = 8 << 30  # bytes that a process may have while diffusers loads and runs
 LONGEST = 300  # characters of what is said of a crash
 SCALES = ("controlnet_conditioning_scale", "adapter_conditioning_scale")
 
@@ -235,6 +237,22 @@ def _weighed(pipeline: str, hints: Mapping[str, Any]) -> dict[str, Any]:
     return {name: Hint(image, scale) for name, image in hints.items()}
 
 
+@contextmanager
+def _little_memory() -> Iterator[None]:
+    """Let what takes much more memory than any subject fail, and not the machine.
+
+    A config that leaves out a language model's sizes is one of billions of weights to transformers, which makes up all
+    of those that the file does not have.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+@_little_memory()
 def _theirs(folder: Path) -> Any:
     """diffusers' own pipeline, weights and all, as its users load it."""
     index = diffusers.DiffusionPipeline.load_config(folder)
@@ -265,6 +283,7 @@ def _part(folder: Path, library: str, name: str) -> Any:
     return made.to(torch.float32).eval() if isinstance(made, torch.nn.Module) else made
 
 
+@_little_memory()
 def _image(pipe: Any, ours: Reading) -> Array:
     """What diffusers' pipeline draws when it is asked what ours is, with the noise of ours."""
     image = oracle_run.run([pipe], ours.pipeline, ours.request, explicit=ours.explicit).image
