@@ -147,9 +147,13 @@ class Comparison:
         with tempfile.TemporaryDirectory(dir=self.checkpoint.parent) as scratch:
             folder = Path(shutil.copytree(self.checkpoint, Path(scratch) / "checkpoint", copy_function=_copied))
             mutation.apply(folder)
+            mine, crash = None, ""
             try:
                 ours = _ours(self.subject, folder, Path(scratch) / "tokens")
-                mine = ours.image()
+                try:
+                    mine = ours.image()
+                except (TypeError, ValueError, RuntimeError) as error:  # as torch's modules fail; so may diffusers
+                    crash = _line(error)
             except DexportError as error:
                 return Outcome(self._refused(folder), str(error).replace(str(folder), "CHECKPOINT"))
             except Exception as error:  # a bug of ours, whatever diffusers makes of it
@@ -158,6 +162,8 @@ class Comparison:
                 theirs = _image(_theirs(folder), ours)
             except Exception as error:  # each class fails in its own way
                 return self._proven(ours, Outcome(Outcome.THEIRS, _line(error)))
+            if mine is None:
+                return Outcome(Outcome.DIFFERENT, f"a crash: {crash}"[:LONGEST])
             found = _compared(ours, mine, theirs)
             if found.what != Outcome.SAME:
                 return self._proven(ours, replace(found, what=Outcome.FOUND))

@@ -14,9 +14,8 @@ How small checkpoints of diffusers {version}'s own classes are read when a file 
 option left out, added or of another value, a checkpoint that was saved long ago, two files that name different
 schedulers. Each is one change to one JSON file; diffusers' own pipeline and ours make the first image of it from the
 same noise in {steps} steps, and the images are compared (same: {same:g} dB PSNR at least, or as near as ours is to
-itself with other rounding). This page is written by
-`make oracle` (`python -m tests.exactness`), which makes none unless every class gives the same image without a change
-too; {how}.
+itself with other rounding). This page is written by `make oracle` (`python -m tests.exactness`), which writes none
+unless every class gives the same image without a change too; {how}.
 
 - "Same image" is one of both sides; "altered" are those of them that are another image than without the change.
 - "Refused by dexport" is a line that says why, before anything is written, of a checkpoint that diffusers draws with
@@ -48,8 +47,9 @@ APART = """
 
 - Each class by one request: a prompt, a class or noise alone, and the picture and the mask that it needs. Negative
   prompts, other settings, long prompts, LoRA and the like are for the tests of the families and for a build.
-- Classes that are named after an image or a mask are compared as that: they start from an image at a strength of
-  {strength:g}, and are told the guidance, since each has another default of it.
+- Classes that are named after an image or a mask are compared as that. They start from an image at a strength of
+  {strength:g}; those whose checkpoints have the parts of another class are told the guidance, of which each has another
+  default, and models that were trained to inpaint have their own strength.
 - ControlNet's and T2I-Adapter's classes with one network, at the scale that the class has by default.
 - diffusers' `from_pretrained` no longer loads the published folders of unCLIP, Stable Cascade and Würstchen, whose
   libraries it has moved; their pipelines are made of their parts, each loaded by its own class.
