@@ -7,7 +7,7 @@ is one change to one JSON file of a small checkpoint.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,14 @@ SCHEDULERS = (
 )
 FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 SIZES = ("steps_offset", "sample_size", "model_max_length", "max_position_embeddings")
+# What a file is of, by how its name starts; all others are of components.
+KINDS = {
+    "model_index": "model_index.json", "scheduler_config": "scheduler", "tokenizer_config": "tokenizer",
+    "special_tokens_map": "tokenizer", "added_tokens": "tokenizer", "vocab": "tokenizer",
+}  # fmt: skip
 OLD = "0.4.0"  # of diffusers: before most of what constructors repair
-EXTRA = {  # options that old files have, or that are added by hand, by the kind of file
+# Options that old files have, or that are added by hand, by the kind of file.
+EXTRA: Mapping[str, Mapping[str, Any]] = {
     "scheduler_config.json": {"clip_sample": True, "steps_offset": 0, "skip_prk_steps": False, "set_alpha_to_one": True,
                               "predict_epsilon": True, "an_unknown_option": 1, "use_karras_sigmas": True},
     "model_index.json": {"force_zeros_for_empty_prompt": False, "requires_aesthetics_score": True,
@@ -77,8 +83,7 @@ def mutations(folder: Path) -> Iterator[Mutation]:
 
 
 def _of_file(file: str, content: dict[str, Any]) -> Iterator[Mutation]:
-    kind = {"model_index.json": "model_index.json", "scheduler_config.json": "scheduler", "config.json": "component"}
-    of = kind.get(Path(file).name, "tokenizer")
+    of = next((kind for start, kind in KINDS.items() if Path(file).name.startswith(start)), "component")
     for key, value in content.items():
         if isinstance(value, list) and of == "model_index.json":
             continue  # a component
@@ -100,9 +105,7 @@ def _others(key: str, value: Any) -> Iterator[Any]:
         yield not value
     elif isinstance(value, float) and value:
         yield value * 0.9
-    elif key in ("steps_offset", "sample_size", "model_max_length", "max_position_embeddings") and isinstance(
-        value, int
-    ):
+    elif key in SIZES and isinstance(value, int):
         yield from (value // 2, value + 1)
 
 
