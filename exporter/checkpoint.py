@@ -28,12 +28,11 @@ from exporter import (
 )  # fmt: skip
 from exporter import clip_skip as clip_skips
 from exporter.repository import PICKLES, STEMS
-from runtimes import strict_json
+from runtimes import samplers, strict_json
 from runtimes.bundle import hash_file
 from runtimes.errors import DexportError, Progress, silent, with_article
 from runtimes.manifest import Adapter, SourceFile
 from runtimes.safetensors import Entry, Stored, check_finite, gguf, read_header
-from runtimes.samplers import default_of
 
 if TYPE_CHECKING:
     from exporter import tokenizer
@@ -374,13 +373,15 @@ def _read_scheduler(path: Path, class_name: str) -> dict[str, Any]:
 def finite_config(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """A scheduler's config without the infinities that diffusers writes for what is not limited.
 
-    ``path`` is where it is from. JSON has no infinity; where it is the default anyway, leaving it out says the same.
+    ``path`` is where it is from. JSON has no infinity; where it is the default anyway, or no option of the class, it
+    says nothing.
     """
     limited = dict(config)
     for name, value in config.items():
         if all(math.isfinite(number) for number in _numbers(value)):
             continue
-        if value != default_of(str(config["_class_name"]), name):
+        kind = str(config["_class_name"])
+        if samplers.knows(kind, name) and value != samplers.default_of(kind, name):
             raise DexportError(f"{path}: {name}={value!r:.60} is not a finite number; set it to one or leave it out")
         del limited[name]
     return limited

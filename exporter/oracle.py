@@ -30,7 +30,10 @@ from runtimes.errors import DexportError
 from runtimes.safetensors import Stored
 
 # Classes that take latents_mean in on one side of the autoencoder alone, or on none.
-WITHOUT_MEAN = ("StableDiffusionXLInpaintPipeline", "AnimateDiffSDXLPipeline")
+WITHOUT_MEAN = (
+    "StableDiffusionXLInpaintPipeline", "StableDiffusionXLControlNetInpaintPipeline",
+    "StableDiffusionXLAdapterPipeline", "AnimateDiffSDXLPipeline",
+)  # fmt: skip
 # A network's class to the word in the name of its pipeline, and what that pipeline calls it.
 STEERING = {"ControlNetModel": ("ControlNet", "controlnet"), "T2IAdapter": ("Adapter", "adapter")}
 # Components that decode in place of the autoencoder, as users of diffusers give them: pipe.vae = ...
@@ -123,6 +126,8 @@ def pipelines(checkpoint: Checkpoint) -> tuple[list[Any], str]:
             pipe = _steered(part) if part.hints else construct(part, part.pipeline)
             if pipe is None:
                 return [], "diffusers has no class for what steers it together"
+            if fault := known_fault(part, type(pipe).__name__):
+                return [], fault
             for scheduler, wanted in {**part.schedulers, families.schedulers(part.family)[0]: part.scheduler}.items():
                 _set_scheduler(part, pipe, scheduler, wanted)
             found.append(pipe)

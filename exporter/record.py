@@ -242,8 +242,8 @@ def _asked(checkpoint: Checkpoint, model: Model, pipes: Sequence[Any]) -> Iterat
     said = frozenset({"size"} if size(model) != checkpoint.family.default_shape(checkpoint) else ())
     default = said | ({"guidance"} if checkpoint.guidance is not None else frozenset())
     main = cascade.main(model.stages)[0]
-    warms_up = main.scheduler["_class_name"] == "PNDMScheduler" and not main.scheduler.get("skip_prk_steps")
-    few = cascade.few(model.stages, RUNGE_KUTTA if warms_up else STEPS)
+    least = RUNGE_KUTTA if _warms_up(main.scheduler) else 1
+    few = cascade.few(model.stages, max(STEPS, least))
     is_img2img = main.strength is not None
     request = example.request(model, example.one(model), steps=few)
     if is_img2img:
@@ -251,7 +251,7 @@ def _asked(checkpoint: Checkpoint, model: Model, pipes: Sequence[Any]) -> Iterat
     yield Asked("default settings", request, default)
     if not pipes:
         return
-    settings: dict[str, Any] = {"steps": cascade.few(model.stages, FEW)}
+    settings: dict[str, Any] = {"steps": cascade.few(model.stages, max(FEW, least))}
     if main.guidance.kind != "none":
         settings["guidance"] = OTHER_GUIDANCE
     subjects = example.one(model) if model.stages[0].text is None or checkpoint.chunks > 1 else LONG_PROMPT
@@ -294,7 +294,14 @@ def _why_not(checkpoint: Checkpoint, kind: str) -> str:
     """Why a start from an image is not compared with diffusers' class for it; "" where it is."""
     if checkpoint.hints:
         return f"{kind} knows none of the networks that steer it"
+    if _warms_up(checkpoint.scheduler):
+        return f"{kind} begins between the calls of a Runge-Kutta step, ours with a whole one"
     return oracle.known_fault(checkpoint, kind)
+
+
+def _warms_up(scheduler: Mapping[str, Any]) -> bool:
+    """Whether a scheduler begins with Runge-Kutta steps, as DDPMs have PNDM."""
+    return scheduler["_class_name"] == "PNDMScheduler" and not scheduler.get("skip_prk_steps")
 
 
 def size(model: Model) -> tuple[int, int] | None:

@@ -190,6 +190,13 @@ def test_diffusers_goes_the_way_of_the_sampler_that_is_asked_for(
     assert not found.left and len(found.cases) == 4
 
 
+def test_runge_kutta_steps_are_followed_but_from_an_image(checkpoint: Path, tmp_path: Path) -> None:
+    """Where diffusers begins between the calls of one of them."""
+    found = record.record(*exported(Origin(checkpoint, sampler="pndm", scheduler={"skip_prk_steps": False}), tmp_path))
+    assert [case.name for case in found.cases] == ["default settings", "other settings"]
+    assert found.left.keys() == {"image to image", "inpainting"}
+
+
 def test_a_list_is_given_to_the_scheduler_of_a_pipeline_that_takes_none(tmp_path: Path) -> None:
     small_video.saved(tmp_path / "video")
     found = record.record(*exported(Origin(tmp_path / "video", preset="dmd2-4step"), tmp_path))
