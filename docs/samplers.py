@@ -53,8 +53,8 @@ for each step. What a bundle was built with carries over to another `--sampler` 
 
 Names are read without regard to case, spaces and dashes. `_karras`, `_exponential` and `_beta` may follow each name
 whose class can space its sigmas so. The classes of diffusers are names too. Beyond diffusers' options a config may hold
-`eta` (DDIM: 0 to 1; TCD: its gamma; 0 by default, as in diffusers' pipelines), `tau` (SA-Solver) and
-`use_clipped_model_output` (DDIM), which there are arguments of methods.
+`eta` (DDIM: 0 to 1; TCD: its gamma), `tau` (SA-Solver) and `use_clipped_model_output` (DDIM), which there are arguments
+of methods.
 
 A model can be sampled only by what speaks its language: how its timesteps are told and what it predicts. A sampler for
 another kind of model than the checkpoint's is refused; the [kinds](#kinds-of-models) are below.

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from exporter import families
 from exporter.trace import quiet
-from runtimes import cascade, hints, loop, subject
+from runtimes import cascade, hints, loop, samplers, subject
 from runtimes.errors import DexportError, Progress, silent
 from runtimes.manifest import Model
 from runtimes.pipeline import Pipeline
@@ -152,7 +152,8 @@ def arguments(pipe: Any, model: Model, request: Request, explicit: frozenset[str
     is_true_cfg = main.guidance.kind == "cfg" and "true_cfg_scale" in known  # which needs a negative prompt, if empty
     if request.negative_prompt or (is_true_cfg and request.prompts):
         words["negative_prompt"] = [request.negative_prompt]
-    words["eta"] = main.scheduler.get("eta")
+    # Without a word of it, TCD's is its own default, 0.3, which a pipeline's 0 would hide.
+    words["eta"] = main.scheduler.get("eta", samplers.default_of(str(main.scheduler["_class_name"]), "eta"))
     words |= _lists(main.scheduler)
     words["use_clipped_model_output"] = main.scheduler.get("use_clipped_model_output")
     for way in cascade.ways(model.stages):

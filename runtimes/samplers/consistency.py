@@ -41,8 +41,8 @@ def lcm(config: Config, ask: Ask) -> Table:
 def tcd(config: Config, ask: Ask) -> Table:
     """Trajectory consistency, https://arxiv.org/abs/2402.19159, algorithm 4: from t to s <= t', and up to t' by noise.
 
-    ``eta`` is the paper's gamma: at 0 nothing is random, at 1 every step goes to x_0. It is 0 where nothing is said, as
-    diffusers' pipelines have it. The class has options of clipping and makes no use of them.
+    ``eta`` is the paper's gamma: at 0 nothing is random, at 1 every step goes to x_0. The class has options of
+    clipping and makes no use of them.
     """
     bars, eta, rows = schedule.alpha_bars(config), config["eta"], []
     if not 0 <= eta <= 1:
@@ -187,7 +187,7 @@ LATENT_CONSISTENCY: Mapping[str, Any] = {
 
 CLASSES: Mapping[str, Sampler] = {
     "LCMScheduler": Sampler(lcm, LATENT_CONSISTENCY, ("timesteps", "strength")),
-    "TCDScheduler": Sampler(tcd, {**LATENT_CONSISTENCY, "eta": 0.0}, ("timesteps", "strength")),
+    "TCDScheduler": Sampler(tcd, {**LATENT_CONSISTENCY, "eta": 0.3}, ("timesteps", "strength")),
     "CMStochasticIterativeScheduler": Sampler(
         consistency,
         {

@@ -68,6 +68,7 @@ APART = """
   pixels.
 - A hint has a scale of 1 by default; diffusers' ControlNet classes have 0.8 from an image and 0.5 for Stable
   Diffusion's inpainting.
+- TCD's `eta` is the scheduler's own default, 0.3, where nothing is said; diffusers' pipelines then call it with 0.
 - An autoencoder gives the mode of its latents, not a draw of them; an image of another size is cropped
   ([images](images.md)).
 """

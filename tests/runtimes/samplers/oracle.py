@@ -138,8 +138,6 @@ def diffusers_map(
     Where it begins at a later step, the start is what the first unit vector says, of scale 1.
     """
     extra = {key: value for key, value in config.items() if key in STEP_OPTIONS}
-    if config["_class_name"] == "TCDScheduler":
-        extra.setdefault("eta", 0.0)  # as diffusers' pipelines call it
     known = {key: value for key, value in config.items() if key not in STEP_OPTIONS}
     named = getattr(diffusers.schedulers, kind or config["_class_name"])
     scheduler = diffusers_scheduler(named, known, steps, double, begin, **lists)
