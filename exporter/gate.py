@@ -132,7 +132,7 @@ def prove(
         "latents_sqnr_db": cases,
         "image": {"psnr_db": round(quality, 2), "ssim": round(ssim(reference.image, image), 6)},
     }
-    return Proof(accuracy, image, min(seconds))
+    return Proof(accuracy, image, min(seconds))  # a session's first call takes longer
 
 
 def prove_hub(reference: Reference, model: Model, hub: Path, progress: Progress = silent) -> None:

@@ -121,8 +121,6 @@ def pipelines(checkpoint: Checkpoint) -> tuple[list[Any], str]:
     found: list[Any] = []
     for part in (checkpoint, checkpoint.refiner):
         if part is not None:
-            if fault := known_fault(part, part.pipeline):
-                return [], fault
             pipe = _steered(part) if part.hints else construct(part, part.pipeline)
             if pipe is None:
                 return [], "diffusers has no class for what steers it together"
@@ -371,7 +369,9 @@ def _scheduler_class(name: str) -> Any:
     """A scheduler's class; files name it, and what another class loads is not to be trusted."""
     import diffusers
 
-    kind = getattr(diffusers, name, None)
+    kind: Any = getattr(diffusers, name, None)
+    if needed := getattr(kind, "_backends", None):  # what stands in diffusers for a class of packages that are missing
+        raise DexportError(f"diffusers' {name} needs {' and '.join(needed)}; install them, or give another scheduler")
     if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
         raise DexportError(f"model_index.json names {name!r:.60} as a scheduler, and diffusers has none of that name")
     return kind

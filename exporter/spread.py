@@ -160,7 +160,7 @@ ARITHMETIC: Mapping[str, Callable[[], TorchFunctionMode]] = {
 
 @dataclass(frozen=True)
 class Floor:
-    """The least of any bundle of a precision, however noisy its model is: as in ``runtimes.manifest.Bands``."""
+    """The least of any bundle of a precision, however noisy its model is: SQNR of graphs and latents, PSNR, in dB."""
 
     graph: float
     latents: float
@@ -180,8 +180,8 @@ FLOORS = {
 MARGINS = {"fp32": 20.0, "fp16": 8.0, "bf16": 8.0, "w8": 6.0, "w4": 6.0, "int8": 4.0, "fp8": 4.0}
 """How much noisier than the simulation, in dB, a right graph may be: what backends do beyond it.
 
-Of thirteen families of random weights, OpenVINO's and ONNX Runtime's graphs are from 13 dB nearer to torch than the
-simulation to 9 dB further in bf16, and to 17 dB in fp32, where a runtime has a tanh or a sine of its own.
+Backends have a tanh or a sine of their own. ``python benchmarks/faults.py`` prints a right graph's noise beside its
+limits.
 """
 
 SPAN = 40.0

@@ -21,7 +21,7 @@ import transformers
 from diffusers import pipelines
 from numpy.typing import NDArray
 
-from exporter import ensemble, hub, oracle_run, record
+from exporter import ensemble, oracle_run, record
 from exporter.checkpoint import Checkpoint
 from exporter.families import Shape
 from exporter.trace import quiet
@@ -29,12 +29,12 @@ from runtimes import cascade, example
 from runtimes.accuracy import psnr
 from runtimes.errors import DexportError
 from runtimes.hints import Hint
-from runtimes.manifest import Graph, Model
 from runtimes.pipeline import Pipeline
 from runtimes.request import Request
 from runtimes.session import Session
 from tests.exactness.mutations import Mutation, mutations
 from tests.exactness.subjects import INPAINTING, Subject
+from tests.families.harness import described
 
 Array = NDArray[Any]
 STEPS, STRENGTH = 4, 0.6  # the fewest that PNDM takes; a start from an image whose steps are no whole number
@@ -215,16 +215,9 @@ def _copied(source: str, target: str) -> str:
 def _ours(subject: Subject, folder: Path, tokenizers: Path) -> Reading:
     source = ensemble.read(folder)
     shape = subject.shape or source.family.default_shape(source)
-    size = Shape(*shape, free=False)
-    graphs = {
-        name: Graph(spec.kind, f"{name}/model.onnx", spec.inputs, spec.outputs, sizes=spec.sizes)
-        for name, spec in ensemble.specs(source, size).items()
-    }
-    stages = ensemble.stages(source, size)
-    words = hub._write_tokenizers(source, tokenizers) if any(graph.kind == "text" for graph in graphs.values()) else ()
-    model = Model(source.family.NAME, source.pipeline, graphs, words, stages, ())
-    opened = cache(lambda name: record.TorchSession(source, name, graphs[name], [], shape))
-    asked: dict[str, Any] = {"steps": cascade.few(stages, STEPS)}
+    model = described(source, tokenizers, Shape(*shape, free=False))
+    opened = cache(lambda name: record.TorchSession(source, name, model.graphs[name], [], shape))
+    asked: dict[str, Any] = {"steps": cascade.few(model.stages, STEPS)}
     said = {"size"} if subject.shape else set()
     if subject.task:
         masked = subject.task == INPAINTING

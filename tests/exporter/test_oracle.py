@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from exporter import checkpoint as checkpoints
-from exporter import ensemble, hub, oracle, record
+from exporter import ensemble, oracle, record
 from exporter.ensemble import Origin
 from exporter.families import Shape
 from runtimes.errors import DexportError, GateError
-from runtimes.manifest import Graph, Model
+from runtimes.manifest import Model
 from tests.families import small, small_cascades, small_video
+from tests.families.harness import described
 
 # What the constructors say while they repair.
 pytestmark = pytest.mark.filterwarnings("ignore:.*configuration file of.*:FutureWarning")
@@ -101,13 +102,7 @@ def test_lent_weights_are_the_pipelines_own(checkpoint: Path) -> None:
 def exported(origin: Path | Origin, folder: Path) -> tuple[Any, Model, Path]:
     """A checkpoint and its model, as an export would write it."""
     source = ensemble.read(origin)
-    size = Shape(*source.family.default_shape(source), free=False)
-    graphs = {
-        name: Graph(spec.kind, f"{name}/model.onnx", spec.inputs, spec.outputs, sizes=spec.sizes)
-        for name, spec in ensemble.specs(source, size).items()
-    }
-    stages = ensemble.stages(source, size)
-    model = Model(source.family.NAME, source.pipeline, graphs, hub._write_tokenizers(source, folder), stages, ())
+    model = described(source, folder, Shape(*source.family.default_shape(source), free=False))
     return source, model, folder
 
 
@@ -215,6 +210,18 @@ def test_a_sampler_that_diffusers_cannot_go_with_leaves_the_reading_proven_by_th
     assert [case.name for case in found.cases] == ["default settings"]
     with pytest.raises(GateError, match="in the tokens"):
         record.record(source, replace(model, tokenizers=(replace(model.tokenizers[0], pad=1),)), folder)
+
+
+def test_a_checkpoint_whose_own_sampler_diffusers_cannot_share_noise_with_is_held_to_torch_alone(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = changed(
+        checkpoint, tmp_path, "model_index.json",
+        lambda content: content.update(scheduler=["diffusers", "DPMSolverSDEScheduler"]),
+    )  # fmt: skip
+    found = record.record(*exported(folder, tmp_path))
+    assert found.oracle == "torch modules alone: DPMSolverSDEScheduler draws from a noise of its own"
+    assert [case.name for case in found.cases] == ["default settings"] and not found.left
 
 
 @pytest.mark.parametrize("refined", [False, True])

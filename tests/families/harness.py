@@ -25,9 +25,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from calibration import islands
-from exporter import checkpoint, ensemble, hub, record
 from exporter import compile as compilers
+from exporter import ensemble, hub, record
 from exporter.build import build
+from exporter.checkpoint import Checkpoint
 from exporter.ensemble import HANDOVER, Origin
 from exporter.families import Shape
 from exporter.inspect import inspect as describe
@@ -67,16 +68,21 @@ def build_all(checkpoint: Path, folder: Path, shape: tuple[int, int] | None = No
     return Built(checkpoint, folder / "hub", {item.target: item.folder for item in made})
 
 
-def untraced(folder: Path, tokenizers: Path, shape: Shape) -> Pipeline:
-    """The torch functions of a checkpoint behind our pipeline, without the time that it takes to export them."""
-    source = checkpoint.read(folder)
+def described(source: Checkpoint, tokenizers: Path, shape: Shape) -> Model:
+    """A checkpoint's model as an export would write it; its tokenizers are written, and its graphs are not."""
     graphs = {
         name: Graph(spec.kind, f"{name}/model.onnx", spec.inputs, spec.outputs, sizes=spec.sizes)
         for name, spec in ensemble.specs(source, shape).items()
     }
-    words, stages = hub._write_tokenizers(source, tokenizers), ensemble.stages(source, shape)
-    model = Model(source.family.NAME, source.pipeline, graphs, words, stages, ())
-    opened = cache(lambda name: record.TorchSession(source, name, graphs[name], []))
+    words = hub._write_tokenizers(source, tokenizers) if any(one.kind == "text" for one in graphs.values()) else ()
+    return Model(source.family.NAME, source.pipeline, graphs, words, ensemble.stages(source, shape), ())
+
+
+def untraced(folder: Path, tokenizers: Path, shape: Shape) -> Pipeline:
+    """The torch functions of a checkpoint behind our pipeline, without the time that it takes to export them."""
+    source = ensemble.read(folder)
+    model = described(source, tokenizers, shape)
+    opened = cache(lambda name: record.TorchSession(source, name, model.graphs[name], []))
     return Pipeline(model, tokenizers, opened)
 
 
