@@ -26,7 +26,7 @@ import onnx.numpy_helper
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from exporter import ensemble, hub, record, spread  # the path above comes first
+from exporter import ensemble, gate, hub, record, spread  # the path above comes first
 from runtimes.accuracy import compare
 from runtimes.backends import openvino
 from runtimes.manifest import Model
@@ -89,6 +89,7 @@ def count(checkpoint: Path, every: int, say: Callable[[str], None]) -> None:
             if tensor.data_type == onnx.TensorProto.FLOAT
         }
         calls = reference.calls[name]
+        golden = gate.golden(calls)
         right = {hint: agreements(file, model, name, calls, hint) for hint in sorted(set(HINTS.values()))}
         for precision, values in limits.items():
             say(f"limits of the calls in {precision}, dB: {', '.join(f'{value:.1f}' for value in values)}")
@@ -104,7 +105,7 @@ def count(checkpoint: Path, every: int, say: Callable[[str], None]) -> None:
                 kind, dict.fromkeys(("faults", "hub", *CONSTANT, *(f"before: {p}" for p in CONSTANT)), 0)
             )
             row["faults"] += 1
-            row["hub"] += min(found["f32"]) < spread.FLOORS["fp32"].graph
+            row["hub"] += found["f32"][golden] < limits["fp32"][golden]
             for precision, hint in HINTS.items():
                 row[precision] += any(own < least for own, least in zip(found[hint], limits[precision], strict=True))
                 row[f"before: {precision}"] += min(found[hint]) < CONSTANT[precision]

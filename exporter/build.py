@@ -94,9 +94,11 @@ def build(
             source, hub_folder, shape=shape, dynamic_shape=dynamic_shape, overwrite=overwrite, progress=share(0, 0.5)
         )
         reference = record.record(source, model, hub_folder, share(0.5, 0.8))
-        noise = spread.measure(source, model, reference, _precisions(pairs), record.size(model), share(0.8, 0.9))
-        if not _shows_export(pairs[0]) and backend("onnxruntime").version() is not None:
-            gate.prove_hub(reference, model, hub_folder, share(0.9, 0.95))
+        is_shown = _shows_export(pairs[0]) or backend("onnxruntime").version() is None
+        asked = sorted({*_precisions(pairs), *([] if is_shown else ["fp32"])})
+        noise = spread.measure(source, model, reference, asked, record.size(model), share(0.8, 0.9))
+        if not is_shown:
+            gate.prove_hub(reference, model, hub_folder, spread.limits(noise, model, "fp32"), share(0.9, 0.95))
         decoded = {}
         if tiny_decoder.COMPONENT in source.components:
             decoded["decoder"] = tiny_decoder.against_full(source, reference, replace(size, free=False))

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from exporter import pieces
 from exporter.record import Call, Case, Reference
-from exporter.spread import FLOORS, Limits
+from exporter.spread import Limits
 from runtimes import cascade, subject, verify
 from runtimes.accuracy import Agreement, compare, psnr, ssim
 from runtimes.errors import GateError, Progress, silent
@@ -27,7 +27,6 @@ from runtimes.pipeline import Pipeline
 from runtimes.session import Session, run_batched
 
 Array = NDArray[Any]
-EXPORTED = FLOORS["fp32"].graph  # dB, of an exported graph in fp32
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Proof:
 def self_test(reference: Reference, model: Model, limits: Limits) -> SelfTest:
     """What a device is to run, and how near to the golden values it must come."""
     bands = Bands(
-        {name: least[_golden(reference.calls[name])] for name, least in limits.calls.items()}, limits.latents
+        {name: least[golden(reference.calls[name])] for name, least in limits.calls.items()}, limits.latents
     )  # fmt: skip
     request = reference.request
     steps = cascade.few(model.stages, 1) if request.steps is None else request.steps
@@ -51,14 +50,14 @@ def self_test(reference: Reference, model: Model, limits: Limits) -> SelfTest:
     return SelfTest(reference.subject, by_name, bands, begun)
 
 
-def write_golden(reference: Reference, file: Path) -> None:
+def writegolden(reference: Reference, file: Path) -> None:
     """Write the golden values of the self-test: a call of each graph, and the run at default settings."""
-    chosen = {name: calls[_golden(calls)] for name, calls in reference.calls.items()}
+    chosen = {name: calls[golden(calls)] for name, calls in reference.calls.items()}
     calls = {name: (call.inputs, call.outputs) for name, call in chosen.items()}
     verify.write_golden(file, calls, reference.tokens, reference.cases[0].latents)
 
 
-def _golden(calls: Sequence[Call]) -> int:
+def golden(calls: Sequence[Call]) -> int:
     """Which of a graph's calls is the golden one.
 
     A text graph's is that of the prompt, which comes before the negative one; a denoiser's lies on the way.
@@ -135,22 +134,22 @@ def prove(
     return Proof(accuracy, image, min(seconds))  # a session's first call takes longer
 
 
-def prove_hub(reference: Reference, model: Model, hub: Path, progress: Progress = silent) -> None:
+def prove_hub(reference: Reference, model: Model, hub: Path, limits: Limits, progress: Progress = silent) -> None:
     """Compare the exported graphs in fp32 with the torch model; GateError if one is not what was exported.
 
-    In fp32 a fault of the export is seen that the noise of a narrower precision would hide.
+    limits: those of fp32. In fp32 a fault of the export is seen that the noise of a narrower precision would hide.
     """
     for index, (name, calls) in enumerate(sorted(reference.calls.items())):
         progress(f"gate: {name} in fp32", index / len(reference.calls))
-        call, graph = calls[_golden(calls)], model.graphs[name]
+        call, least, graph = calls[golden(calls)], limits.calls[name][golden(calls)], model.graphs[name]
         one_row = {tensor: np.ascontiguousarray(value[-1:]) for tensor, value in call.inputs.items()}
         outputs = pieces.run(hub / graph.file, one_row)
         for tensor, expected in call.outputs.items():
             found = compare(expected[-1:], outputs[tensor]).sqnr_db
-            if not found >= EXPORTED:
+            if not found >= least:
                 raise GateError(
                     f"the exported graph {name} is not the torch model: SQNR {found:.1f} dB in fp32{_at(call)}, at "
-                    f"least {EXPORTED:g} are needed; nothing was written: please report it with the checkpoint's "
+                    f"least {least:.1f} are needed; nothing was written: please report it with the checkpoint's "
                     "configuration"
                 )
 
