@@ -50,7 +50,7 @@ def self_test(reference: Reference, model: Model, limits: Limits) -> SelfTest:
     return SelfTest(reference.subject, by_name, bands, begun)
 
 
-def writegolden(reference: Reference, file: Path) -> None:
+def write_golden(reference: Reference, file: Path) -> None:
     """Write the golden values of the self-test: a call of each graph, and the run at default settings."""
     chosen = {name: calls[golden(calls)] for name, calls in reference.calls.items()}
     calls = {name: (call.inputs, call.outputs) for name, call in chosen.items()}
