@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter import pieces
-from exporter.record import Call, Case, Reference
+from exporter import pieces, spread
+from exporter.checkpoint import Checkpoint
+from exporter.record import Call, Case, Reference, size
 from exporter.spread import Limits
 from runtimes import cascade, subject, verify
 from runtimes.accuracy import Agreement, compare, psnr, ssim
@@ -134,14 +135,17 @@ def prove(
     return Proof(accuracy, image, min(seconds))  # a session's first call takes longer
 
 
-def prove_hub(reference: Reference, model: Model, hub: Path, limits: Limits, progress: Progress = silent) -> None:
+def prove_hub(
+    checkpoint: Checkpoint, reference: Reference, model: Model, hub: Path, progress: Progress = silent
+) -> None:
     """Compare the exported graphs in fp32 with the torch model; GateError if one is not what was exported.
 
-    limits: those of fp32. In fp32 a fault of the export is seen that the noise of a narrower precision would hide.
+    In fp32 a fault of the export is seen that the noise of a narrower precision would hide.
     """
     for index, (name, calls) in enumerate(sorted(reference.calls.items())):
         progress(f"gate: {name} in fp32", index / len(reference.calls))
-        call, least, graph = calls[golden(calls)], limits.calls[name][golden(calls)], model.graphs[name]
+        call, graph = calls[golden(calls)], model.graphs[name]
+        least = spread.least_in_fp32(checkpoint, name, graph, call, size(model))
         one_row = {tensor: np.ascontiguousarray(value[-1:]) for tensor, value in call.inputs.items()}
         outputs = pieces.run(hub / graph.file, one_row)
         for tensor, expected in call.outputs.items():

@@ -65,7 +65,12 @@ class Rounded(TorchFunctionMode):
 
 
 class Reordered(TorchFunctionMode):
-    """fp32 as another backend computes it: the sum of each product in two halves, and attention step by step."""
+    """fp32 as another backend computes it: the sum of each product in two halves, and those of a norm in lanes."""
+
+    def __init__(self, times: int = 1) -> None:
+        """times: how often the image is as large as the part of it that is run: the sums of norms are as long."""
+        super().__init__()
+        self._times = times
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -83,9 +88,39 @@ class Reordered(TorchFunctionMode):
                 first = func(value[:, :half], weight[:, :half], bias, *others, **kwargs)
                 return first + func(value[:, half:], weight[:, half:], None, *others, **kwargs)
             return func(value, weight, bias, *others, **kwargs)
+        if func in (F.group_norm, torch.group_norm):
+            return _group_norm_in_lanes(self._times, *args, **kwargs)
         if func in (torch.sin, torch.cos, torch.Tensor.sin, torch.Tensor.cos):
             return func(args[0] * (1 + ULP), *args[1:], **kwargs)
         return func(*args, **kwargs)
+
+
+def _group_norm_in_lanes(
+    times: int, input: torch.Tensor, num_groups: int, weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None, eps: float = 1e-5, *_: Any, **__: Any,
+) -> torch.Tensor:  # fmt: skip
+    """A group's mean and variance from sums of one value after the other, as many at once as a register of AVX2 holds.
+
+    ONNX Runtime computes them so. Where a group has a million values, as in a decoder, most of the noise is of this.
+    """
+    rows = input.reshape(len(input) * num_groups, -1)
+    centred = rows - _mean_in_lanes(rows, times)
+    normed = (centred / torch.sqrt(_mean_in_lanes(centred * centred, times) + eps)).reshape(input.shape)
+    shape = (1, -1, *(1 for _ in input.shape[2:]))
+    normed = normed if weight is None else normed * weight.reshape(shape)
+    return normed if bias is None else normed + bias.reshape(shape)
+
+
+def _mean_in_lanes(rows: torch.Tensor, times: int) -> torch.Tensor:
+    """[n, length] to [n, 1], with sums as long as if there were ``times`` as many values.
+
+    Fewer lanes make longer sums of the same values. NumPy adds along the first axis one value after the other.
+    """
+    count, length = rows.shape
+    lanes, repeats = max(1, LANES // times), max(1, times // LANES)
+    values = F.pad(rows, (0, -length % lanes)).reshape(count, -1, lanes).transpose(0, 1)
+    sums = np.tile(values.contiguous().numpy(), (repeats, 1, 1)).sum(axis=0, dtype=np.float32)
+    return torch.from_numpy(sums.sum(axis=1, keepdims=True) / np.float32(repeats * length))
 
 
 def _positional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -95,6 +130,7 @@ def _positional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...
 
 
 ULP = 2.0**-23  # of 1 in fp32
+LANES = 8
 # Of what is as large as the sample; what is computed of the timestep alone stays in fp32 on devices too.
 ELEMENTWISE = (
     torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__, torch.mul, torch.Tensor.mul,
@@ -147,8 +183,7 @@ def scaled_fp8(value: torch.Tensor) -> torch.Tensor:
     return (value / scale).to(torch.float8_e4m3fn).to(value.dtype) * scale
 
 
-ARITHMETIC: Mapping[str, Callable[[], TorchFunctionMode]] = {
-    "fp32": Reordered,
+ROUNDED: Mapping[str, Callable[[], TorchFunctionMode]] = {
     "fp16": lambda: Rounded(as_type(torch.float16)),
     "bf16": lambda: Rounded(as_type(torch.bfloat16)),
     "int8": lambda: Rounded(one_scale(8), whole_numbers(8)),
@@ -193,7 +228,7 @@ GROWTH = 8.0
 RESPONSE = 40.0  # dB, of the noise that is put on latents to see what it does to an image
 
 CROPPED = {"decoder": 16, "encoder": 128}
-"""Sides up to which an autoencoder is run: its noise is the same in each part of an image."""
+"""Sides up to which an autoencoder is run: what rounding does is the same in each part of an image."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +242,15 @@ class Noise:
     calls: Mapping[str, Mapping[str, Sequence[float]]]
     latents: float
     decoder: float
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a graph's noise is measured on: what goes in, what must come out, and how much more of it an image has."""
+
+    values: Mapping[str, Array]
+    expected: Mapping[str, Array]
+    times: int
 
 
 @dataclass(frozen=True)
@@ -226,8 +270,7 @@ def limits(noise: Noise, model: Model, precision: str) -> Limits:
     calls = {}
     for name, graph in model.graphs.items():
         own = graph.properties.get("precision", precision)
-        least, margin = FLOORS[own].graph, MARGINS[own]
-        calls[name] = tuple(round(max(least, min(one - margin, least + SPAN)), 2) for one in noise.calls[name][own])
+        calls[name] = tuple(_limit(own, one) for one in noise.calls[name][own])
     floor = FLOORS[precision]
     worst = min(min(calls[stage.denoiser]) for stage in model.stages)
     growth = GROWTH * len(cascade.ways(model.stages))  # each goes by what the ones before made
@@ -254,50 +297,56 @@ def measure(
         progress(f"noise of {', '.join(precisions)}: {name}", index / len(model.graphs))
         module, calls = reference.load(checkpoint, name, size), recorded.calls[name]
         every = calls if graph.kind == "denoiser" else calls[:1]
-        values, expected = _chosen(module, graph, every)
-        noise = _noise(module, graph, values, expected, precisions)
-        found[name] = {key: own * (len(calls) // len(every)) for key, own in noise.items()}
+        part = _part(module, graph, every)
+        noise = {precision: _noise(module, graph, part, precision) for precision in precisions}
+        found[name] = {precision: own * (len(calls) // len(every)) for precision, own in noise.items()}
         if name == model.stages[-1].decoder:
-            response = _response(module, graph, values, expected)
+            response = _response(module, graph, part)
     return Noise(found, response, level)
 
 
-def _response(
-    module: torch.nn.Module, graph: Graph, values: Mapping[str, Array], expected: Mapping[str, Array]
-) -> float:
+def least_in_fp32(checkpoint: Checkpoint, name: str, graph: Graph, call: Call, size: tuple[int, int] | None) -> float:
+    """The least SQNR in dB of a right graph in fp32 on one recorded call."""
+    module = reference.load(checkpoint, name, size)
+    return _limit("fp32", _noise(module, graph, _part(module, graph, [call]), "fp32")[0])
+
+
+def _limit(precision: str, noise: float) -> float:
+    least = FLOORS[precision].graph
+    return round(max(least, min(noise - MARGINS[precision], least + SPAN)), 2)
+
+
+def _response(module: torch.nn.Module, graph: Graph, part: Part) -> float:
     """How many dB the PSNR of a decoded image is above the SQNR of the latents, about where a good bundle is."""
-    latents = values["sample"]
+    latents = part.values["sample"]
     draw = np.random.default_rng(0).standard_normal(latents.shape, np.float32)
     noisy = latents + draw * np.sqrt(np.square(latents).mean()) * 10 ** (-RESPONSE / 20)
-    images = _run(module, graph, {**values, "sample": noisy.astype(np.float32)})
-    return min(psnr(expected["image"], images["image"]) - RESPONSE, SPAN)  # an image may be the same for all latents
+    images = _run(module, graph, {**part.values, "sample": noisy.astype(np.float32)})
+    return min(
+        psnr(part.expected["image"], images["image"]) - RESPONSE, SPAN
+    )  # an image may be the same for all latents
 
 
-def _chosen(module: torch.nn.Module, graph: Graph, calls: Sequence[Call]) -> tuple[dict[str, Array], dict[str, Array]]:
-    """One row of each call as one batch, a part of it where that is enough: what goes in, and what must come out."""
+def _part(module: torch.nn.Module, graph: Graph, calls: Sequence[Call]) -> Part:
+    """One row of each call as one batch, and of a large image a part."""
     values = {tensor.name: _rows([call.inputs[tensor.name] for call in calls]) for tensor in graph.inputs}
-    expected = {tensor.name: _rows([call.outputs[tensor.name] for call in calls]) for tensor in graph.outputs}
-    sizes = [max(value.shape[2:], default=0) for value in values.values()]
-    if (side := CROPPED.get(graph.kind)) and min(sizes) > side:
-        values = {key: np.ascontiguousarray(value[:, :, :side, :side]) for key, value in values.items()}
-        expected = _run(module, graph, values)
-    return values, expected
+    side = CROPPED.get(graph.kind)
+    if not side or min(max(value.shape[2:], default=0) for value in values.values()) <= side:
+        expected = {tensor.name: _rows([call.outputs[tensor.name] for call in calls]) for tensor in graph.outputs}
+        return Part(values, expected, 1)
+    cut = {key: np.ascontiguousarray(value[:, :, :side, :side]) for key, value in values.items()}
+    times = max(value.size // cut[key].size for key, value in values.items())
+    return Part(cut, _run(module, graph, cut), times)
 
 
-def _noise(
-    module: torch.nn.Module, graph: Graph, values: Mapping[str, Array], expected: Mapping[str, Array],
-    precisions: Collection[str],
-) -> dict[str, tuple[float, ...]]:  # fmt: skip
-    """The SQNR in dB of each row in each precision; one batch of all, as scales are made for all timesteps."""
-    found = {}
-    for precision in precisions:
-        with ARITHMETIC[precision]():
-            outputs = _run(module, graph, values)
-        found[precision] = tuple(
-            min(compare(right[row : row + 1], outputs[key][row : row + 1]).sqnr_db for key, right in expected.items())
-            for row in range(len(next(iter(expected.values()))))
-        )
-    return found
+def _noise(module: torch.nn.Module, graph: Graph, part: Part, precision: str) -> tuple[float, ...]:
+    """The SQNR in dB of each row in a precision; one batch of all, as scales are made for all timesteps."""
+    with Reordered(part.times) if precision == "fp32" else ROUNDED[precision]():
+        outputs = _run(module, graph, part.values)
+    return tuple(
+        min(compare(right[row : row + 1], outputs[key][row : row + 1]).sqnr_db for key, right in part.expected.items())
+        for row in range(len(next(iter(part.expected.values()))))
+    )
 
 
 def _rows(values: Sequence[Array]) -> Array:

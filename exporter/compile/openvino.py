@@ -3,11 +3,12 @@
 The IR keeps the batch free; the session makes the shapes static. Weights are stored in fp32 or fp16, and what is
 computed in is the runtime's choice unless it is told: the hint in the graph's properties tells it.
 
-The sines of the timestep must stay in float32 whatever the hint. bf16 has 8 bits: 999 becomes 1000, and the sine of a
-phase that is off by one is any number. Under the hint bf16 a small UNet's output at t = 999 was 4.4 % off so, and is
-0.9 % off now; at t = 1 it is 0.7 % both times. OpenVINO has an attribute for this on each operation of the IR,
-``DisablePrecisionConversion``. Its Python interface cannot set it, so it is written into the file. An Unsqueeze loses
-it on the way (it becomes a Reshape without its attributes), so the timestep's Unsqueeze is made a Reshape here.
+The sines of the timestep, and of other inputs of one number a row such as a distilled guidance, must stay in float32
+whatever the hint. bf16 has 8 bits: 999 becomes 1000, and the sine of a phase that is off by one is any number. Under
+the hint bf16 a small UNet's output at t = 999 was 4.4 % off so, and is 0.9 % off now; at t = 1 it is 0.7 % both times.
+OpenVINO has an attribute for this on each operation of the IR, ``DisablePrecisionConversion``. Its Python interface
+cannot set it, so it is written into the file. An Unsqueeze loses it on the way (it becomes a Reshape without its
+attributes), so one that makes a column of such a row of numbers is made a Reshape here.
 
 Where values go beyond fp16 (islands) the same attribute keeps them in float32 under the hint f16. OpenVINO's reader
 makes several operations of one ONNX node and names them as it likes, but its tensors keep the names of ONNX's values: a
@@ -44,7 +45,6 @@ WEIGHTS = {"fp32": "fp32", "fp16": "fp16", "bf16": "fp16", "int8": "fp16", "w8":
 """What weights are stored in that are not narrower already; bf16 would lose three bits that fp16 keeps."""
 DYNAMIC = ("cpu",)  # linear layers of narrow weights round activations themselves; not run on GPU and NPU
 SCORES = ("cpu",)  # not run on GPU and NPU
-TIMESTEP = "timestep"
 EXACT = {"name": "DisablePrecisionConversion", "version": "0", "value": "dynamic:f16"}  # as OpenVINO itself writes it
 LEAST = float(np.finfo(np.float32).min)
 SIGNIFICANT = ("MatMul", "Convolution")  # what the lower precision is for; the timestep's sines end before
@@ -163,7 +163,7 @@ def _write(
     ov: Any, model: Any, graph: Graph, output: Path, precision: str, progress: Progress,
     islands: Collection[tuple[set[str], set[str]]],
 ) -> None:  # fmt: skip
-    _reshape_timestep(ov, model)
+    _reshape_columns(ov, model)
     _split_first(ov, model)
     if precision == "int8":
         _hold_scales(ov, model)
@@ -171,8 +171,9 @@ def _write(
     kept = _between(model, islands)
     progress(f"{graph.kind}: writing the IR", 0.5)
     ov.save_model(model, output / "model.xml", compress_to_fp16=WEIGHTS[precision] == "fp16")
-    if kept or any(tensor.name == TIMESTEP for tensor in graph.inputs):
-        _keep_exact(output / "model.xml", kept)
+    numbers = {tensor.name for tensor in graph.inputs if len(tensor.shape) == 1 and tensor.dtype == "float32"}
+    if kept or numbers:
+        _keep_exact(output / "model.xml", numbers, kept)
 
 
 def _between(model: Any, islands: Collection[tuple[set[str], set[str]]]) -> set[str]:
@@ -204,18 +205,17 @@ def _name_by_place(model: Any) -> None:
             operation.set_friendly_name(f"{operation.get_type_name()}_at_{index}")
 
 
-def _reshape_timestep(ov: Any, model: Any) -> None:
-    """Replace Unsqueeze of the timestep, [batch] to [batch,1], by Reshape; see the module's head."""
+def _reshape_columns(ov: Any, model: Any) -> None:
+    """Replace Unsqueeze of one number a row, [batch] to [batch,1], by Reshape; see the module's head."""
     for operation in model.get_ordered_ops():
-        if operation.get_type_name() != "Unsqueeze":
+        if operation.get_type_name() != "Unsqueeze" or operation.output(0).get_element_type() != ov.Type.f32:
             continue
-        before, after = operation.input_value(0), operation.output(0)
-        column = [size if size.is_dynamic else size.get_length() for size in after.get_partial_shape()][1:] == [1]
-        if TIMESTEP in before.get_names() and column:
+        before, after = (value.get_partial_shape() for value in (operation.input_value(0), operation.output(0)))
+        if before.rank == 1 and before[0].is_dynamic and after[0].is_dynamic:
             same_by_one = ov.opset13.constant([0, 1], ov.Type.i64)  # 0: the size of the input's axis
-            reshape = ov.opset13.reshape(before, same_by_one, special_zero=True)
+            reshape = ov.opset13.reshape(operation.input_value(0), same_by_one, special_zero=True)
             reshape.set_friendly_name(operation.get_friendly_name())
-            after.replace(reshape.output(0))
+            operation.output(0).replace(reshape.output(0))
 
 
 def _split_first(ov: Any, model: Any) -> None:
@@ -258,9 +258,9 @@ def _hold_scales(ov: Any, model: Any) -> None:
             operation.input(0).replace_source_output(ov.opset13.maximum(before, least).output(0))
 
 
-def _keep_exact(file: Path, kept: Collection[str]) -> None:
+def _keep_exact(file: Path, numbers: Collection[str], kept: Collection[str]) -> None:
     """Mark operations as not to be made narrower: those of islands, ``kept``, by name, and what is computed from the
-    timestep alone, up to the first MatMul.
+    inputs ``numbers`` alone, up to the first MatMul.
     """
     tree = ElementTree.parse(file)
     layers, edges = tree.getroot().find("layers"), tree.getroot().find("edges")
@@ -273,7 +273,7 @@ def _keep_exact(file: Path, kept: Collection[str]) -> None:
     for layer in layers:  # parents come before their children
         number, kind = layer.get("id"), layer.get("type")
         if kind == "Parameter":
-            if layer.get("name") == TIMESTEP:
+            if layer.get("name") in numbers:
                 exact.add(number)
         elif constant.issuperset(parents[number]):
             constant.add(number)

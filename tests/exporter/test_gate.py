@@ -174,11 +174,12 @@ def test_one_graph_is_in_memory_at_a_time(built: Recorded) -> None:
 
 def test_an_export_that_is_not_the_torch_model_is_refused_whatever_the_precision(built: Recorded) -> None:
     """A bias of one layer inside, which the noise of bf16 and of 8 bits hides."""
-    model, folder, reference, limits = built
-    gate.prove_hub(reference, model, folder, limits["fp32"])
+    model, folder, reference, _ = built
+    source = ensemble.read(EMOJI)
+    gate.prove_hub(source, reference, model, folder)
     graph = model.graphs["denoiser"]
     with spoiled(folder / graph.file, bias_dropped("up_blocks.2.resnets.1.conv1.bias")) as wrong:
         broken = replace(graph, file=wrong.relative_to(folder).as_posix())
         with pytest.raises(GateError, match=r"the exported graph denoiser is not the torch model: SQNR .* in fp32"):
             graphs = {**model.graphs, "denoiser": broken}
-            gate.prove_hub(reference, replace(model, graphs=graphs), folder, limits["fp32"])
+            gate.prove_hub(source, reference, replace(model, graphs=graphs), folder)
