@@ -6,7 +6,8 @@ one's back. So a precision is a property of the graph, and this pass is where it
 - Inputs and outputs of the graph stay float32, whatever is inside, so every precision has the same interface.
 - Norms, softmax, reductions, sines and exponentials stay float32 (``HIGH``): they sum many squares or span many
   magnitudes. ``Attention`` takes narrow inputs and is told to do its softmax in float32.
-- What is computed from the timestep alone stays float32: it is small, and every layer depends on it. So does what is
+- What is computed from plain numbers alone (``NUMBERS``: the timestep, a guidance, sizes in pixels) stays float32: it
+  is small, and every layer depends on it. Of 1,000 fp16 has no halves left, and sines are made of them. So does what is
   computed from constants alone, such as angles of positions, which costs nothing at run time; and what ends in whole
   numbers or comparisons, such as T5's table of distances: a rounded 7.99 would be another row.
 - What the caller names stays float32: the islands where values go beyond fp16 (calibration/overflow.py finds them).
@@ -33,7 +34,8 @@ from runtimes.errors import DexportError
 NARROW = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 LIMITS = {"fp16": float(np.finfo(np.float16).max), "bf16": float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)}
 MASKED = float(ml_dtypes.finfo(ml_dtypes.bfloat16).min)  # from here on down, a mask's "never": -inf, or a type's least
-TIMESTEP = "timestep"
+NUMBERS = frozenset({"timestep", "guidance", "time_ids", "resolution"})
+"""Inputs of denoisers that are a few numbers a row, of which models make sines."""
 CHUNK = 1 << 22  # elements looked at together, so that memory stays flat
 
 HIGH = frozenset({
@@ -77,7 +79,7 @@ class _Caster:
         self.opset = model.opset_imports
         self.precision, self.narrow = precision, NARROW[precision]
         self.others: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
-        self.high = from_timestep_alone(self.graph) | _from_constants(self.graph) | _to_whole_numbers(self.graph)
+        self.high = from_numbers_alone(self.graph) | _from_constants(self.graph) | _to_whole_numbers(self.graph)
         self.kept = {node for node in self.graph if node.name in keep}
         self.high |= self.kept | {node for node in self.graph if node.op_type in HIGH}
 
@@ -187,8 +189,8 @@ def _formal(parameters: Any, index: int) -> Any:
     return parameters[min(index, len(parameters) - 1)]
 
 
-def from_timestep_alone(graph: ir.Graph) -> set[ir.Node]:
-    """The nodes whose value depends on the timestep and on constants, and on no other input."""
+def from_numbers_alone(graph: ir.Graph) -> set[ir.Node]:
+    """The nodes whose value depends on ``NUMBERS`` and on constants, and on no other input."""
     alone: set[ir.Node] = set()
     constant = set(graph.initializers.values())
     for node in graph:
@@ -196,7 +198,7 @@ def from_timestep_alone(graph: ir.Graph) -> set[ir.Node]:
         free = [value for value in inputs if value not in constant]
         if not free:
             constant.update(node.outputs)
-        elif all(value.name == TIMESTEP if value.is_graph_input() else value.producer() in alone for value in free):
+        elif all(value.name in NUMBERS if value.is_graph_input() else value.producer() in alone for value in free):
             alone.add(node)
     return alone
 

@@ -4,7 +4,7 @@ Some layers stay in floating point: they are few and small, and what they lose e
 
     the first     no other layer comes before them: conv_in, the keys and values of the prompt
     the last      no other layer comes after them: conv_out
-    the clock     what is computed from the timestep alone
+    the clock     what is computed from the timestep, and other plain numbers, alone
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from calibration import scores as attention
 from calibration.layers import Layer, find
 from calibration.numbers import INT8, Numbers
 from calibration.observe import Statistics
-from calibration.precision import from_timestep_alone
+from calibration.precision import from_numbers_alone
 from calibration.split import split
 from calibration.weights import DYNAMIC, GROUP, narrow
 from runtimes.errors import DexportError
@@ -116,7 +116,7 @@ def is_dynamic(model: ir.Model) -> bool:
 def candidates(model: ir.Model) -> tuple[list[Layer], dict[str, str]]:
     """The layers that may be quantized, and what is left with the reason."""
     layers, left = find(model)
-    clock = from_timestep_alone(model.graph)
+    clock = from_numbers_alone(model.graph)
     before, after = _nearest(model, layers)
     free = []
     for layer in layers:

@@ -37,7 +37,7 @@ from runtimes.verify import prompt_tokens
 Array = NDArray[Any]
 STEPS = 3  # of each chain of stages at default settings: enough timesteps to see drift, few for a large model on a CPU
 RUNGE_KUTTA = 4  # steps are the least for the warm-up of PNDM, as DDPMs have it
-FEW = 2  # at other settings, where PNDM asks the model once more than it has steps
+FEW = 2  # at other settings
 # A start from an image in steps and strength of which no product is whole, since families round it in their own ways.
 IMAGE_STEPS, IMAGE_STRENGTH = 3, 0.6
 LONG_PROMPT = (
@@ -248,8 +248,7 @@ def _asked(checkpoint: Checkpoint, model: Model, pipes: Sequence[Any]) -> Iterat
     yield Asked("default settings", request, default)
     if not pipes:
         return
-    fewer = FEW - 1 if main.scheduler["_class_name"] == "PNDMScheduler" else FEW
-    settings: dict[str, Any] = {"steps": cascade.few(model.stages, max(fewer, least))}
+    settings: dict[str, Any] = {"steps": cascade.few(model.stages, max(FEW, least))}
     if main.guidance.kind != "none":
         settings["guidance"] = OTHER_GUIDANCE
     subjects = example.one(model) if model.stages[0].text is None or checkpoint.chunks > 1 else LONG_PROMPT

@@ -3,12 +3,14 @@
 The IR keeps the batch free; the session makes the shapes static. Weights are stored in fp32 or fp16, and what is
 computed in is the runtime's choice unless it is told: the hint in the graph's properties tells it.
 
-The sines of the timestep, and of other inputs of one number a row such as a distilled guidance, must stay in float32
-whatever the hint. bf16 has 8 bits: 999 becomes 1000, and the sine of a phase that is off by one is any number. Under
-the hint bf16 a small UNet's output at t = 999 was 4.4 % off so, and is 0.9 % off now; at t = 1 it is 0.7 % both times.
-OpenVINO has an attribute for this on each operation of the IR, ``DisablePrecisionConversion``. Its Python interface
-cannot set it, so it is written into the file. An Unsqueeze loses it on the way (it becomes a Reshape without its
-attributes), so one that makes a column of such a row of numbers is made a Reshape here.
+The sines of the timestep, and of other inputs of plain numbers such as a distilled guidance or a size in pixels, must
+stay in float32 whatever the hint. bf16 has 8 bits: 999 becomes 1000, and the sine of a phase that is off by one is any
+number. Under the hint bf16 a small UNet's output at t = 999 was 4.4 % off so, and is 0.9 % off now; at t = 1 it is
+0.7 % both times. OpenVINO has an attribute for this on each operation of the IR, ``DisablePrecisionConversion``. Its
+Python interface cannot set it, so it is written into the file. An Unsqueeze loses it on the way (it becomes a Reshape
+without its attributes), so one that makes a column of such numbers is made a Reshape here. The frequencies that these
+numbers are multiplied with must be float32 as well, and OpenVINO stores all weights in fp16 or none, so theirs are
+written anew: with frequencies in fp16 a small Flux was 20 dB from float32, with these 44.
 
 Where values go beyond fp16 (islands) the same attribute keeps them in float32 under the hint f16. OpenVINO's reader
 makes several operations of one ONNX node and names them as it likes, but its tensors keep the names of ONNX's values: a
@@ -19,19 +21,20 @@ OpenVINO itself replaces loses it, on a CPU a GroupNormalization; what a GPU rep
 
 from __future__ import annotations
 
+import os
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx_ir as ir
 
 from calibration.graph import add_node, add_weight, drop_unused, replace_value
-from calibration.precision import LIMITS, beyond
+from calibration.precision import LIMITS, NUMBERS, beyond
 from calibration.weights import DYNAMIC as NOTE
 from calibration.weights import GROUP, NARROW, SMALLEST, group_of, narrow
 from runtimes.backends.openvino import GROUP_SIZE, HINT, load, version
@@ -46,6 +49,8 @@ WEIGHTS = {"fp32": "fp32", "fp16": "fp16", "bf16": "fp16", "int8": "fp16", "w8":
 DYNAMIC = ("cpu",)  # linear layers of narrow weights round activations themselves; not run on GPU and NPU
 SCORES = ("cpu",)  # not run on GPU and NPU
 EXACT = {"name": "DisablePrecisionConversion", "version": "0", "value": "dynamic:f16"}  # as OpenVINO itself writes it
+COMPRESSED = "_compressed"  # ends the name of a constant that OpenVINO stored in fp16; what widens it has its old name
+ALIGNED = 64  # bytes
 LEAST = float(np.finfo(np.float32).min)
 SIGNIFICANT = ("MatMul", "Convolution")  # what the lower precision is for; the timestep's sines end before
 HINTS = {
@@ -171,9 +176,8 @@ def _write(
     kept = _between(model, islands)
     progress(f"{graph.kind}: writing the IR", 0.5)
     ov.save_model(model, output / "model.xml", compress_to_fp16=WEIGHTS[precision] == "fp16")
-    numbers = {tensor.name for tensor in graph.inputs if len(tensor.shape) == 1 and tensor.dtype == "float32"}
-    if kept or numbers:
-        _keep_exact(output / "model.xml", numbers, kept)
+    if kept or any(tensor.name in NUMBERS for tensor in graph.inputs):
+        _keep_exact(model, output / "model.xml", kept)
 
 
 def _between(model: Any, islands: Collection[tuple[set[str], set[str]]]) -> set[str]:
@@ -206,7 +210,7 @@ def _name_by_place(model: Any) -> None:
 
 
 def _reshape_columns(ov: Any, model: Any) -> None:
-    """Replace Unsqueeze of one number a row, [batch] to [batch,1], by Reshape; see the module's head."""
+    """Replace Unsqueeze of numbers, [n] to [n,1], by Reshape; see the module's head."""
     for operation in model.get_ordered_ops():
         if operation.get_type_name() != "Unsqueeze" or operation.output(0).get_element_type() != ov.Type.f32:
             continue
@@ -258,9 +262,9 @@ def _hold_scales(ov: Any, model: Any) -> None:
             operation.input(0).replace_source_output(ov.opset13.maximum(before, least).output(0))
 
 
-def _keep_exact(file: Path, numbers: Collection[str], kept: Collection[str]) -> None:
-    """Mark operations as not to be made narrower: those of islands, ``kept``, by name, and what is computed from the
-    inputs ``numbers`` alone, up to the first MatMul.
+def _keep_exact(model: Any, file: Path, kept: Collection[str]) -> None:
+    """Mark operations as not to be made narrower: those of islands, ``kept``, by name, and what is computed from plain
+    numbers alone, up to the first MatMul. Constants that the latter take become float32 again, as in ``model``.
     """
     tree = ElementTree.parse(file)
     layers, edges = tree.getroot().find("layers"), tree.getroot().find("edges")
@@ -268,21 +272,46 @@ def _keep_exact(file: Path, numbers: Collection[str], kept: Collection[str]) -> 
     parents: dict[str | None, list[str | None]] = defaultdict(list)
     for edge in edges:
         parents[edge.get("to-layer")].append(edge.get("from-layer"))
+    by_number = {layer.get("id"): layer for layer in layers}
     constant: set[str | None] = set()
     exact: set[str | None] = set()
-    for layer in layers:  # parents come before their children
-        number, kind = layer.get("id"), layer.get("type")
+    narrowed: dict[str, tuple[ElementTree.Element, ElementTree.Element]] = {}  # by name: what widens it, and itself
+    for number, layer in by_number.items():  # parents come before their children
+        kind, before = layer.get("type"), parents[number]
         if kind == "Parameter":
-            if layer.get("name") in numbers:
+            if layer.get("name") in NUMBERS:
                 exact.add(number)
-        elif constant.issuperset(parents[number]):
+        elif constant.issuperset(before):
             constant.add(number)
-        elif kind not in SIGNIFICANT and (constant | exact).issuperset(parents[number]):
+        elif kind not in SIGNIFICANT and (constant | exact).issuperset(before):
             exact.add(number)
             _add_attribute(layer)
+            for one in (by_number[one] for one in before if one in constant):
+                name, stored = str(one.get("name")), [by_number[each] for each in parents[one.get("id")]]
+                if [each.get("name") for each in stored] == [name + COMPRESSED]:
+                    narrowed[name] = one, stored[0]
         elif layer.get("name") in kept:
             _add_attribute(layer)
+    values = {operation.get_friendly_name(): operation for operation in model.get_ordered_ops()}
+    with file.with_suffix(".bin").open("ab") as weights:
+        for name, (wider, stored_one) in narrowed.items():
+            _widen(wider, stored_one, values[name].data, weights)
     tree.write(file, encoding="utf-8", xml_declaration=True)
+
+
+def _widen(wider: ElementTree.Element, constant: ElementTree.Element, value: Any, weights: BinaryIO) -> None:
+    """Let a constant of fp16, and the Convert that widens it, be of float32, with ``value`` at the end of the file."""
+    end = weights.seek(0, os.SEEK_END)
+    offset = -(-end // ALIGNED) * ALIGNED
+    exact = np.ascontiguousarray(value, np.float32).tobytes()
+    weights.write(bytes(offset - end) + exact)
+    data = constant.find("data")
+    assert data is not None
+    data.attrib |= {"element_type": "f32", "offset": str(offset), "size": str(len(exact))}
+    for port in (*constant.iter("port"), *wider.iter("port")):
+        port.set("precision", "FP32")
+    if (notes := wider.find("rt_info")) is not None:
+        wider.remove(notes)  # that it undoes a compression
 
 
 def _add_attribute(layer: ElementTree.Element) -> None:

@@ -13,7 +13,7 @@ from onnx.reference import ReferenceEvaluator
 
 from calibration.precision import cast
 from runtimes.errors import DexportError
-from tests.exporter.graphs import SAMPLES, relative
+from tests.exporter.graphs import SAMPLES, relative, sines
 
 BANDS = {"fp16": 5e-3, "bf16": 3e-2}
 
@@ -34,6 +34,16 @@ def test_close_to_torch(name: str, precision: str, tmp_path: Path) -> None:
     assert found.dtype == np.float32
     error = relative(found, sample.expected(inputs))
     assert 1e-5 < error < BANDS[precision], "an error below that of fp32 would mean that nothing was narrowed"
+
+
+@pytest.mark.parametrize("precision", list(BANDS))
+def test_sines_of_plain_numbers_are_those_of_float32(precision: str, tmp_path: Path) -> None:
+    sample = sines()
+    model, _ = cast(ir.load(sample.source), precision)
+    ir.save(model, tmp_path / "model.onnx")
+    inputs = sample.inputs(3, 3)
+    (found,) = ReferenceEvaluator(str(tmp_path / "model.onnx")).run(None, inputs)
+    assert relative(found, sample.expected(inputs)) < 1e-3
 
 
 @pytest.mark.parametrize("precision", list(BANDS))

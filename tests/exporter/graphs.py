@@ -120,6 +120,20 @@ class Distances(torch.nn.Module):
         return self.model(tokens, attention_mask=(tokens != 0).float(), return_dict=False)[0]
 
 
+class Sines(torch.nn.Module):
+    """What Flux makes of its timestep and guidance, and SDXL of its sizes in pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from diffusers.models.embeddings import Timesteps
+
+        self.time = Timesteps(64, flip_sin_to_cos=True, downscale_freq_shift=0)
+
+    def forward(self, timestep: Any, guidance: Any, time_ids: Any) -> Any:
+        sizes = self.time(time_ids.flatten()).reshape(len(time_ids), -1)
+        return torch.cat([self.time(timestep / 1000 * 1000), self.time(guidance * 1000), sizes], dim=1)
+
+
 @functools.cache
 def denoiser() -> Sample:
     """A UNet2DConditionModel with 32 and 64 channels on 8x8 latents, 5 conditioning tokens of width 32."""
@@ -165,6 +179,21 @@ def distances() -> Sample:
         return {"tokens": tokens}
 
     return _export("text", Distances, inputs, "encoder_hidden_states")
+
+
+@functools.cache
+def sines() -> Sample:
+    """The sines of a timestep, a guidance and six sizes in pixels, 64 of each: [B, 512]."""
+
+    def inputs(batch: int, seed: int) -> dict[str, Array]:
+        rng = np.random.default_rng(seed)
+        return {
+            "timestep": rng.integers(500, 1000, batch).astype(np.float32),
+            "guidance": rng.uniform(1, 9, batch).astype(np.float32),
+            "time_ids": rng.integers(0, 2049, (batch, 6)).astype(np.float32),
+        }
+
+    return _export("denoiser", Sines, inputs, "output")
 
 
 SAMPLES = {"text": text, "distances": distances, "denoiser": denoiser, "decoder": decoder}

@@ -26,7 +26,7 @@ from runtimes.manifest import Graph, Tensor
 from runtimes.session import backend, require
 from runtimes.target import Target
 from tests.calibration import small
-from tests.exporter.graphs import SAMPLES, relative
+from tests.exporter.graphs import SAMPLES, relative, sines
 
 
 def test_precisions_and_their_reasons() -> None:
@@ -120,6 +120,18 @@ class TestOpenVino:
             inputs = sample.inputs(1, 1) | {"timestep": np.full(1, timestep, np.float32)}
             errors[timestep] = relative(session.run(inputs)["output"], sample.expected(inputs))
         assert max(errors[257], errors[999]) < 1.6 * errors[8]
+
+    @pytest.mark.parametrize("precision", ["fp16", "bf16", "int8"])
+    def test_plain_numbers_and_the_frequencies_of_their_sines_stay_exact(self, precision: str, tmp_path: Path) -> None:
+        """An angle of 2,048 in fp16, or times a frequency in fp16, is off by up to a half."""
+        if precision != "fp16" and "bf16" not in backend("openvino").devices()[0].precisions:
+            pytest.skip("this CPU has no bf16")
+        sample, output = sines(), tmp_path / "denoiser"
+        output.mkdir()
+        graph = compile_graph(sample.source, sample.graph, output, Target.parse("openvino"), precision)
+        session = require("openvino").open(tmp_path / graph.file, graph, "cpu", 2, None)
+        inputs = sample.inputs(3, 1)
+        assert relative(session.run(inputs)["output"], sample.expected(inputs)) < 1e-3
 
     def test_weights_are_halved(self, tmp_path: Path) -> None:
         sample = SAMPLES["denoiser"]()
