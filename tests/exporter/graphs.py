@@ -130,7 +130,7 @@ class Sines(torch.nn.Module):
         self.time = Timesteps(64, flip_sin_to_cos=True, downscale_freq_shift=0)
 
     def forward(self, timestep: Any, guidance: Any, time_ids: Any) -> Any:
-        sizes = self.time(time_ids.flatten()).reshape(len(time_ids), -1)
+        sizes = self.time(time_ids.flatten()).reshape(-1, 6 * 64)
         return torch.cat([self.time(timestep / 1000 * 1000), self.time(guidance * 1000), sizes], dim=1)
 
 

@@ -11,12 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from exporter import checkpoint, hub, reference, trace
+from exporter import checkpoint, hub, pieces, reference, trace
+from exporter.compile import compile_graph
 from exporter.families import Shape
 from exporter.families.text_encoders import rename_language
 from exporter.weights import bind, parameter_shapes, tied, widen
+from runtimes.accuracy import compare
 from runtimes.errors import DexportError
-from runtimes.session import require
+from runtimes.session import backend, require
+from runtimes.target import Target
 from tests.families import small_flow
 
 SHAPE = Shape(32, 32, free=False)
@@ -134,3 +137,27 @@ def test_a_denoiser_of_every_size(saved: Callable[[str], Path], tmp_path: Path, 
         with torch.no_grad():
             wanted = original(*(torch.from_numpy(inputs[tensor.name]) for tensor in graph.inputs)).numpy()
         assert np.abs(session.run(inputs)["output"] - wanted).max() < 1e-3 < np.std(wanted)
+
+
+@pytest.mark.parametrize("name", ["flux", "qwen_image", "z_image"])
+def test_what_is_made_of_timesteps_is_right_in_bf16(saved: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+    """Timesteps and guidance are divided and multiplied before they are sines; ONNX Runtime computes in fp32."""
+    if "bf16" not in backend("openvino").devices()[0].precisions:
+        pytest.skip("this CPU has no bf16")
+    graph = hub.export(saved(name), tmp_path / "hub", shape=(32, 32), graphs=["denoiser"]).graphs["denoiser"]
+    (tmp_path / "denoiser").mkdir()
+    file = tmp_path / "hub" / graph.file
+    compiled = compile_graph(file, graph, tmp_path / "denoiser", Target.parse("openvino"), "bf16")
+    session = require("openvino").open(tmp_path / compiled.file, compiled, "cpu", 2, None)
+    rng = np.random.default_rng(0)
+    for timestep in (997, 603):
+        feeds = {}
+        for tensor in graph.inputs:
+            shape = [1 if isinstance(size, str) else size for size in tensor.shape]
+            feeds[tensor.name] = rng.standard_normal(shape, np.float32)
+        feeds["timestep"][:] = timestep
+        feeds |= {
+            key: np.full_like(feeds[key], 3.5) for key in ("guidance", "encoder_hidden_states_mask") if key in feeds
+        }
+        expected = pieces.run(file, feeds)["output"]
+        assert compare(expected, session.run(feeds)["output"]).sqnr_db > 30
