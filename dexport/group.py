@@ -20,6 +20,7 @@ from runtimes.errors import DexportError
 from runtimes.target import DEVICES, Target
 
 DONE, FAILED_GATE, WRONG_INPUT = 0, 1, 2
+LONGEST = 500  # characters of an error that we do not know
 BUG = 70  # EX_SOFTWARE of BSD's sysexits.h
 INTERRUPTED, UNREAD = 130, 141  # 128 + the number of SIGINT and of SIGPIPE, as shells have it
 
@@ -28,10 +29,20 @@ class Stopped(SystemExit):
     """A signal asked us to stop; ``code`` is 128 + its number."""
 
 
+_received: list[int] = []  # the signals that asked us to stop: C++ code may have made another error of the exception
+
+
 def _terminate(number: int, frame: Any) -> NoReturn:
     """Leave by an exception, so that what is half-written is removed on the way; once, whatever comes meanwhile."""
     signal.signal(number, signal.SIG_IGN)
+    _received.append(number)
     raise Stopped(128 + number)
+
+
+def _interrupt(number: int, frame: Any) -> NoReturn:
+    """Leave as Python does, and note why."""
+    _received.append(number)
+    raise KeyboardInterrupt
 
 
 def _stop_anyway(unraisable: Any) -> None:
@@ -52,6 +63,9 @@ def _catch_signals() -> None:
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _terminate)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
+    _received.clear()
     sys.unraisablehook = _stop_anyway
 
 
@@ -104,8 +118,14 @@ class Face(click.Group):
         except Exception as error:
             line, code = _extra(error), WRONG_INPUT
             if not line:
-                traceback.print_exc()
-                line, code = f"this is a bug of dexport, please report it: {type(error).__name__}: {error}", BUG
+                if not _received:
+                    traceback.print_exc()
+                line = f"this is a bug of dexport, please report it: {type(error).__name__}: {error!s:.{LONGEST}}"
+                code = BUG
+        if line and _received:
+            number = _received[0]
+            line = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+            code = 128 + number
         if line:
             line = " ".join(line.split())
             if "--json" in (sys.argv[1:] if args is None else args):

@@ -132,6 +132,11 @@ class Following(Pipeline):
     def _compare(self, what: str, theirs: Array | None, mine: Array, least: float) -> None:
         if theirs is None:
             raise self._parted(what, f"its shape {list(mine.shape)} is another one")
+        if not np.isfinite(theirs).all():
+            raise GateError(
+                f"diffusers' own pipeline ({self._whose}) comes to NaN or infinity: {what}; nothing was written: name "
+                "another --sampler, or other options with --scheduler"
+            )
         found = compare(theirs, np.asarray(mine))
         if not found.sqnr_db >= least:
             raise self._parted(what, f"{found.sqnr_db:.1f} dB, {least:g} are needed")

@@ -106,7 +106,10 @@ def prove(
     tokens = verify.prompt_tokens(pipeline.prompts, model.stages, reference.request)
     for name, ids in reference.tokens.items():
         if not np.array_equal(ids, tokens.get(name, ())):
-            raise _failed(precision, [f"the tokens of {reference.subject!r} for {name} are not the reference's"])
+            raise _failed(
+                precision,
+                [f"the tokens of {reference.subject!r}, or of unusual words, for {name} are not the reference's"],
+            )
     cases: dict[str, Any] = {}
     latents: Array | None = None  # of the first case
     image: Array | None = None

@@ -401,7 +401,8 @@ def _unpacked(pipe: Any, size: Sequence[int]) -> Callable[[torch.Tensor], torch.
 
 def tasks(class_name: str) -> dict[str, str]:
     """diffusers' pipeline classes for the same checkpoint: "image to image" and "inpainting", where it has them."""
-    from diffusers.pipelines import auto_pipeline as auto
+    with quiet():  # it imports every pipeline, each with its remarks on what it could use
+        from diffusers.pipelines import auto_pipeline as auto
 
     found = {}
     for task, mapping in (

@@ -40,9 +40,7 @@ RUNGE_KUTTA = 4  # steps are the least for the warm-up of PNDM, as DDPMs have it
 FEW = 2  # at other settings
 # A start from an image in steps and strength of which no product is whole, since families round it in their own ways.
 IMAGE_STEPS, IMAGE_STRENGTH = 3, 0.6
-LONG_PROMPT = (
-    "an old wooden boat on a calm lake in the morning, mountains behind it in the mist, soft light, highly detailed"
-)
+LONG_PROMPT = "An old wooden boat on Lake Zürich at 6:30, two  snow-capped MOUNTAINS in the mist behind it, soft light"
 NEGATIVE_PROMPT = "blurry, dark"
 OTHER_GUIDANCE = 3.0
 # Which of a stage's calls the torch modules are asked for too, as parts of its way, by the name of the case; else the

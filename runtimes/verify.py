@@ -27,6 +27,8 @@ from runtimes.session import Array, Session, one_at_a_time, require, run_batched
 from runtimes.target import Target
 
 SAME, OTHER = Agreement(0.0, 0.0, EXACT_DB, True), Agreement(float("inf"), float("inf"), -EXACT_DB, True)
+# What tokenizers treat in ways of their own: capitals, accents, composed or not, digits, signs, two spaces.
+ODD = "A Dog's  CAT, naïve café e\u0301: 3.50 £, 1/2 & #7 № 東京 🍎 isn't it?"
 RUN = "run"  # what a check calls the short run, in place of a graph
 
 
@@ -54,11 +56,11 @@ def golden_request(model: Model, test: SelfTest) -> Request:
 
 
 def prompt_tokens(prompts: Prompts, stages: Sequence[Stage], request: Request) -> dict[str, Array]:
-    """The token ids of a request's prompts by the text graphs' inputs, int64 [B, chunks * length]."""
+    """The ids of a request's prompts and of ``ODD`` by the text graphs' inputs, int64 [B + 1, chunks * length]."""
     found: dict[str, Array] = {}
     for stage in stages:
         if stage.text is not None:
-            ids = prompts.tokenize(stage, request.prompts, weighted=request.prompt_weights).ids
+            ids = prompts.tokenize(stage, [*request.prompts, ODD], weighted=request.prompt_weights).ids
             found |= {name: row.reshape(len(row), -1) for name, row in ids.items()}
     return found
 

@@ -353,6 +353,32 @@ def test_a_stop_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+SWALLOWED = """
+import signal
+from exporter import hub
+def export(*args, **options):
+    try:
+        signal.raise_signal(signal.{stop})
+    except BaseException as error:
+        raise RuntimeError("Python error details: " + type(error).__name__) from None
+hub.export = export
+"""
+
+
+@pytest.mark.parametrize(
+    ("stop", "code", "told"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "stopped by SIGTERM")]
+)
+def test_a_stop_that_cplusplus_makes_an_error_of_is_a_stop(
+    say_fresh: Say, workshop: Workshop, tmp_path: Path, stop: str, code: int, told: str
+) -> None:
+    """As torch's exporter does, whose C++ calls back into Python."""
+    words = ("build", workshop.checkpoint, "--target", "onnxruntime", "-o", tmp_path / "out", "--no-cache")
+    done = say_fresh(*words, first=SWALLOWED.format(stop=stop))
+    assert (done.code, done.err.splitlines()[-1]) == (code, f"error: {told}")
+    assert "Traceback" not in done.err
+    assert not list(tmp_path.iterdir())
+
+
 def shell(line: str) -> subprocess.CompletedProcess[str]:
     bash = shutil.which("bash") or "sh"
     return subprocess.run([bash, "-c", line], cwd=ROOT, capture_output=True, text=True)

@@ -69,6 +69,15 @@ def test_a_tokenizer_with_other_ids_fails(copy_bundle: Path) -> None:
     assert failed(copy_bundle) == {f"{RUN}: tokens of tokens", f"{RUN}: latents"}
 
 
+@pytest.mark.parametrize("change", [{"normalizer": None}, {"pre_tokenizer": None}])
+def test_a_tokenizer_that_reads_unusual_words_in_another_way_fails(copy_bundle: Path, change: dict[str, Any]) -> None:
+    """The run's own prompt, in small letters with single spaces, may have the same tokens."""
+    file = copy_bundle / "tokenizer/tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    edit(copy_bundle, lambda manifest: None)
+    assert f"{RUN}: tokens of tokens" in failed(copy_bundle)
+
+
 def test_embeddings_of_words_that_are_lost_fail(copy_bundle: Path) -> None:
     """All but those of the marks, which are all that an empty prompt has."""
     file = copy_bundle / "text/model.onnx"

@@ -150,7 +150,7 @@ def test_golden_values_are_a_call_of_each_graph_and_the_run(built: Recorded, tmp
         for side, tensors in (("inputs", graph.inputs), ("outputs", graph.outputs)):
             for tensor in tensors:
                 assert entries[f"{name}/{side}/{tensor.name}"].shape == (1, *tensor.shape[1:])
-    assert entries["run/tokens/tokens"].load().tolist() == entries["text/inputs/tokens"].load().tolist()
+    assert entries["run/tokens/tokens"].load()[:1].tolist() == entries["text/inputs/tokens"].load().tolist()
     assert (entries["text/inputs/tokens"].load() == entries["text/inputs/tokens"].load()[0, -1]).mean() < 1
     for index, latents in enumerate(reference.cases[0].latents):
         np.testing.assert_allclose(entries[f"run/latents/{index}"].load(), latents, rtol=1e-6, atol=1e-7)
