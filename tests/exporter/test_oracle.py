@@ -185,6 +185,13 @@ def test_diffusers_goes_the_way_of_the_sampler_that_is_asked_for(
     assert not found.left and len(found.cases) == 4
 
 
+def test_what_is_not_finite_in_diffusers_is_said_to_be_so(checkpoint: Path, tmp_path: Path) -> None:
+    """UniPC with bh1, at the last step, whose sigma is 0."""
+    origin = Origin(checkpoint, sampler="unipc", scheduler={"solver_type": "bh1"})
+    with pytest.raises(GateError, match=r"diffusers' own pipeline \(StableDiffusionPipeline, .* comes to NaN"):
+        record.record(*exported(origin, tmp_path))
+
+
 def test_runge_kutta_steps_are_followed_but_from_an_image(checkpoint: Path, tmp_path: Path) -> None:
     """Where diffusers begins between the calls of one of them."""
     found = record.record(*exported(Origin(checkpoint, sampler="pndm", scheduler={"skip_prk_steps": False}), tmp_path))
