@@ -120,6 +120,17 @@ def check_model(model: Model, where: str, *, whole: bool = True) -> None:
         for way in cascade.ways(model.stages):
             _check_way(way, where)
         _check_given(model, where)
+        if spare := sorted(set(model.graphs) - _used(model)):
+            raise _wrong(where, "graphs", spare[0], "used by a stage")
+
+
+def _used(model: Model) -> set[str | None]:
+    """The graphs that the stages name."""
+    return {
+        name
+        for stage in model.stages
+        for name in (stage.denoiser, stage.text, stage.decoder, stage.encoder, *(hint.graph for hint in stage.hints))
+    }
 
 
 def _check_graph(name: str, graph: Graph, where: str) -> None:

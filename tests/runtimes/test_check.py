@@ -73,6 +73,7 @@ WRONG: list[tuple[Change, str]] = [
     (rename("Text"), "graph's name is"),
     (rename("a\nb"), "graph's name is"),
     (rename("tokenizer"), "graph's name is"),
+    (stage(decoder=None), "graphs is 'decoder'; it must be used by a stage"),
     (graph("text", file="../text/model.onnx"), "not a plain path"),
     (graph("text", file="denoiser/model.onnx"), "a file in the folder text"),
     (graph("text", file="hub.json"), "a file in the folder text"),
