@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
@@ -50,11 +51,18 @@ def _stop_anyway(unraisable: Any) -> None:
     if isinstance(unraisable.exc_value, Stopped):
         number = int(unraisable.exc_value.code or 0) - 128
         signal.signal(number, _terminate)
-        os.kill(os.getpid(), number)
+        _send_soon(number)
     elif isinstance(unraisable.exc_value, KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
+        _send_soon(signal.SIGINT)
     else:
         sys.__unraisablehook__(unraisable)
+
+
+def _send_soon(number: int) -> None:
+    """Send ourselves a signal from another thread: at once, its exception would fall into this hook, and be ignored."""
+    later = threading.Timer(0.05, os.kill, (os.getpid(), number))
+    later.daemon = True
+    later.start()
 
 
 def _catch_signals() -> None:

@@ -232,7 +232,7 @@ def _reshape_columns(ov: Any, model: Any) -> None:
         if operation.get_type_name() != "Unsqueeze" or operation.output(0).get_element_type() != ov.Type.f32:
             continue
         before, after = (value.get_partial_shape() for value in (operation.input_value(0), operation.output(0)))
-        if before.rank == 1 and before[0].is_dynamic and after[0].is_dynamic:
+        if before.rank == 1 and before[0].is_dynamic and after.rank == 2 and after[0].is_dynamic:
             same_by_one = ov.opset13.constant([0, 1], ov.Type.i64)  # 0: the size of the input's axis
             reshape = ov.opset13.reshape(operation.input_value(0), same_by_one, special_zero=True)
             reshape.set_friendly_name(operation.get_friendly_name())

@@ -355,6 +355,8 @@ def test_a_stop_leaves_nothing(
 
 SWALLOWED = """
 import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job may have it ignored
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
 from exporter import hub
 def export(*args, **options):
     try:
