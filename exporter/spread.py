@@ -130,7 +130,7 @@ def _positional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...
 
 
 ULP = 2.0**-23  # of 1 in fp32
-LANES = 8
+LANES = 8  # numbers of fp32 in a register of AVX2
 # Of what is as large as the sample; what is computed of the timestep alone stays in fp32 on devices too.
 ELEMENTWISE = (
     torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__, torch.mul, torch.Tensor.mul,
@@ -322,9 +322,8 @@ def _response(module: torch.nn.Module, graph: Graph, part: Part) -> float:
     draw = np.random.default_rng(0).standard_normal(latents.shape, np.float32)
     noisy = latents + draw * np.sqrt(np.square(latents).mean()) * 10 ** (-RESPONSE / 20)
     images = _run(module, graph, {**part.values, "sample": noisy.astype(np.float32)})
-    return min(
-        psnr(part.expected["image"], images["image"]) - RESPONSE, SPAN
-    )  # an image may be the same for all latents
+    found = psnr(part.expected["image"], images["image"]) - RESPONSE
+    return min(found, SPAN)  # an image may be the same for all latents
 
 
 def _part(module: torch.nn.Module, graph: Graph, calls: Sequence[Call]) -> Part:
