@@ -242,7 +242,7 @@ def _reshape_columns(ov: Any, model: Any) -> None:
 def _hold_numbers(ov: Any, model: Any) -> None:
     """Let sums and products of plain numbers be such that OpenVINO leaves them as they are; see the module's head.
 
-    Differences from a constant and quotients become sums and products, each with a maximum behind it, as scales have.
+    Differences, and quotients by a constant, become sums and products, each with a maximum behind it, as scales have.
     """
     alone: set[str] = set()
     constant: set[str] = set()
@@ -264,10 +264,12 @@ def _hold_numbers(ov: Any, model: Any) -> None:
 def _sum_or_product(ov: Any, operation: Any) -> Any:
     first, second = operation.input_values()
     kind, number = operation.get_type_name(), second.get_node()
-    if kind in ("Subtract", "Divide") and number.get_type_name() == "Constant":
-        changed = -number.data if kind == "Subtract" else np.float32(1) / number.data
-        kind, second = "Add" if kind == "Subtract" else "Multiply", ov.opset13.constant(changed, ov.Type.f32)
-    make = {"Add": "add", "Subtract": "subtract", "Multiply": "multiply", "Divide": "divide"}[kind]
+    if kind == "Subtract":
+        negative = ov.opset13.multiply(second, ov.opset13.constant(-1, ov.Type.f32))
+        return ov.opset13.add(first, ov.opset13.maximum(negative, ov.opset13.constant(LEAST, ov.Type.f32)))
+    if kind == "Divide" and number.get_type_name() == "Constant":
+        return ov.opset13.multiply(first, ov.opset13.constant(np.float32(1) / number.data, ov.Type.f32))
+    make = {"Add": "add", "Multiply": "multiply", "Divide": "divide"}[kind]
     return getattr(ov.opset13, make)(first, second)
 
 
